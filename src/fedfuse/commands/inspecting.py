@@ -1,0 +1,186 @@
+"""``fedfuse inspect``: what a file or folder holds, without running anything of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedfuse.core.artifact import Artifact
+from fedfuse.core.errors import ArtifactError, FedfuseError
+from fedfuse.core.payload import PayloadFile
+
+
+def describe(path: Path) -> str:
+    """Describe a run, a comparison, an artifact, a journal or a payload's file.
+
+    Args:
+        path: the file or folder.
+
+    Returns:
+        Some lines of text.
+
+    Raises:
+        ArtifactError: there is nothing that fedfuse knows.
+    """
+    if path.is_file() and path.suffix in (".safetensors", ".fed"):
+        return describe_payload(path)
+    if (path / "fused.json").is_file():
+        return describe_artifact(path)
+    if (path / "board.json").is_file():
+        return describe_board(path)
+    if (path / "result.json").is_file():
+        return describe_run(path)
+    journal = path if path.name == "journal" else path / "journal"
+    if journal.is_dir():
+        return describe_journal(journal)
+    raise ArtifactError(
+        "there is nothing here that fedfuse knows",
+        where=str(path),
+        fix="name a run's folder, an artifact, a journal or a .safetensors file",
+    )
+
+
+def describe_payload(path: Path) -> str:
+    """Keys, shapes and dtypes of an encoded payload.
+
+    Args:
+        path: a safetensors file.
+    """
+    upload = PayloadFile(path)
+    lines = [f"payload {path}: {len(upload)} keys, {path.stat().st_size:,} bytes"]
+    for key in upload:
+        value = upload[key]
+        what = (
+            f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            if isinstance(value, torch.Tensor)
+            else repr(value)[:80]
+        )
+        lines.append(f"  {key}  {what}")
+    return "\n".join(lines)
+
+
+def describe_artifact(folder: Path) -> str:
+    """What an artifact is and where it comes from; its digest is checked.
+
+    Args:
+        folder: the artifact's folder.
+    """
+    artifact = Artifact.read(folder)
+    info = artifact.info
+    lines = [
+        f"artifact {folder}",
+        f"  model       {outline(artifact.recipe)}",
+        f"  parameters  {sum(t.numel() for t in artifact.state.values()):,} numbers in {len(artifact.state)} tensors, {artifact.num_bytes:,} bytes",
+        f"  digest      {artifact.digest()} (agrees with the content)",
+    ]
+    for name in ("method", "fedfuse", "input_shape", "class_names", "rule", "fused"):
+        if name in info:
+            lines.append(f"  {name:<11} {info[name]}")
+    uploads: Mapping[str, Mapping[str, str]] = info.get("uploads", {})
+    for exchange, by_client in uploads.items():
+        lines.append(f"  from        {exchange}: " + ", ".join(f"{c} {digest[:8]}" for c, digest in by_client.items()))
+    return "\n".join(lines)
+
+
+def outline(recipe: Any) -> str:
+    """A recipe in a few words.
+
+    Args:
+        recipe: JSON.
+    """
+    if not isinstance(recipe, Mapping):
+        return str(recipe)
+    kind = recipe.get("kind")
+    if kind == "model":
+        return f"{recipe.get('family')} {recipe.get('settings')}"
+    if kind == "block":
+        return f"block {recipe.get('index')} of {outline(recipe.get('of'))}"
+    if kind == "normalized":
+        return f"normalised input, then {outline(recipe.get('inner'))}"
+    if kind == "ensemble":
+        members = Counter(outline(member) for member in recipe.get("members", []))
+        return f"ensemble by {recipe.get('combine')} of " + ", ".join(f"{n} x {what}" for what, n in members.items())
+    if kind == "fused_blocks":
+        levels = recipe.get("levels", [])
+        columns = [len(level) for level in levels]
+        whole = outline(levels[0][0]["block"].get("of")) if levels and levels[0] else "nothing"
+        return f"{len(levels)} fused levels of {columns} columns ({whole}), head on {recipe.get('features')} features"
+    return f"{kind}"
+
+
+def describe_run(folder: Path) -> str:
+    """The numbers of one run.
+
+    Args:
+        folder: the run's folder.
+    """
+    facts = _json(folder / "result.json")
+    ledger = facts["ledger"]
+    accuracy = "no test set" if facts["accuracy"] is None else f"{facts['accuracy']:.2%}"
+    lines = [
+        f"run {folder}",
+        f"  method      {facts['method']}, seed {facts['seed']}",
+        f"  accuracy    {accuracy}",
+        f"  clients     {len(facts['clients'])}" + (f", missing: {facts['missing']}" if facts["missing"] else ""),
+        f"  bytes       {ledger['upload_bytes']:,.0f} up, {ledger['download_bytes']:,.0f} down per client in {ledger['exchanges']} exchanges",
+    ]
+    if facts["artifact"]:
+        lines.append(
+            f"  artifact    {facts['artifact']['num_parameters']:,} parameters, digest {facts['artifact']['digest']}"
+        )
+    return "\n".join(lines)
+
+
+def describe_board(folder: Path) -> str:
+    """The rows of a comparison.
+
+    Args:
+        folder: the comparison's folder.
+    """
+    board = _json(folder / "board.json")
+    lines = [f"comparison {folder}: {len(board['rows'])} methods, seeds {board['seeds']}"]
+    for row in board["rows"]:
+        accuracy = "-" if row["accuracy_mean"] is None else f"{row['accuracy_mean']:.2%} +- {row['accuracy_std']:.2%}"
+        lines.append(f"  {row['method']:<30} {accuracy:<20} {row['upload_bytes']:>14,.0f} bytes up")
+    return "\n".join(lines)
+
+
+def describe_journal(folder: Path) -> str:
+    """What a journal holds, by exchange; damaged entries are named.
+
+    Args:
+        folder: the journal's folder.
+    """
+    lines, damaged = [], []
+    by_exchange: dict[str, list[tuple[str, int, float]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            facts = _json(path)
+            PayloadFile(path.with_suffix(".safetensors"))
+            by_exchange.setdefault(facts["exchange"], []).append(
+                (facts["client"], facts["upload_bytes"], facts["seconds"])
+            )
+        except (FedfuseError, OSError, KeyError):
+            damaged.append(path.stem)
+    lines.append(f"journal {folder}: {sum(map(len, by_exchange.values()))} replies")
+    for exchange, replies in by_exchange.items():
+        clients = len({client for client, _, _ in replies})
+        lines.append(
+            f"  {exchange:<20} {len(replies)} replies of {clients} clients, {sum(r[1] for r in replies):,} bytes, {sum(r[2] for r in replies):.1f} s"
+        )
+    lines += [f"  damaged: {stem}" for stem in damaged]
+    return "\n".join(lines)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"cannot be read: {error}", where=str(path), fix="run the command that made it again"
+        ) from None

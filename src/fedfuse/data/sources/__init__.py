@@ -1,0 +1,10 @@
+"""Ways to read data: one file each; importing this package registers them."""
+
+from fedfuse.data.sources.csv_table import Csv
+from fedfuse.data.sources.digits import Digits
+from fedfuse.data.sources.huggingface import HuggingFace
+from fedfuse.data.sources.image_folder import ImageFolder
+from fedfuse.data.sources.npz import Npz
+from fedfuse.data.sources.parquet import Parquet
+
+__all__ = ["Csv", "Digits", "HuggingFace", "ImageFolder", "Npz", "Parquet"]

@@ -1,0 +1,194 @@
+"""Client tasks that several methods ask, so that they ask the same question and share the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.core.artifact import Artifact, ModelSpec, detached_state, load_state
+from fedfuse.core.client import Client
+from fedfuse.core.cohort import Cohort, Expectation, Replies, TensorSpec
+from fedfuse.core.errors import DataError
+from fedfuse.core.method import Job, Method, client_task
+from fedfuse.core.payload import Payload
+from fedfuse.ops.moments import Moments, class_moments, pack_symmetric, unpack_symmetric
+from fedfuse.training import LocalSGD, predict, train
+
+MODEL_UPLOADS = {
+    "model/*": "weights and buffers of the locally trained model",
+    "num_examples": "number of training examples",
+    "label_counts": "number of training examples per class",
+    "curve/*": "training loss and validation scores per epoch",
+}
+MOMENT_UPLOADS = {
+    "moments/counts": "examples per class",
+    "moments/means": "mean feature vector per class",
+    "moments/scatter": "spread of the features around the class means, summed over examples",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining(Method):
+    """Methods whose first exchange asks every client to train the common model on its own data.
+
+    Args:
+        local: how clients train.
+    """
+
+    local: LocalSGD = field(default_factory=LocalSGD)
+
+    @client_task(uploads=MODEL_UPLOADS, settings=("local",))
+    def train_local(self, client: Client, msg: Payload) -> Payload:
+        """Train the client's model and upload it.
+
+        Args:
+            client: the client.
+            msg: ``model/*`` to start from, else the common first weights; ``num_epochs`` instead of the settings'.
+        """
+        module = client.model.build()
+        start = msg.group("model")
+        if start:
+            load_state(module, start)
+        return trained_upload(module, client, self.local, msg)
+
+    def local_models(self, cohort: Cohort, job: Job) -> Replies:
+        """Ask all clients for their locally trained models; every method that does so asks the same question.
+
+        Args:
+            cohort: the clients.
+            job: says which model each client owns.
+        """
+        return cohort.ask(self.train_local, key="local_models", expect=lambda c: model_expectation(job.model_of(c)))
+
+
+def trained_upload(
+    module: nn.Module,
+    client: Client,
+    local: LocalSGD,
+    msg: Payload,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+) -> Payload:
+    """Train a whole model on a client's data and make the upload of :data:`MODEL_UPLOADS`.
+
+    Args:
+        module: trained in place.
+        client: whose data.
+        local: how.
+        msg: may hold ``num_epochs`` instead of the settings'.
+        loss: ``(module, x, y)`` to a scalar; cross-entropy if left out.
+
+    Returns:
+        Weights, counts and curves.
+    """
+    curves = train(
+        module,
+        client.data.train,
+        local,
+        rng=client.rng,
+        device=client.device,
+        num_epochs=int(msg.number("num_epochs")) if "num_epochs" in msg else None,
+        augment=client.data.augment,
+        validation=client.data.validation,
+        loss=loss,
+        progress=client.progress,
+    )
+    counts = torch.bincount(client.data.train.y, minlength=client.data.num_classes)
+    upload = Payload({"num_examples": len(client.data.train), "label_counts": counts})
+    return upload.put_group("model", detached_state(module)).put_group("curve", curves)
+
+
+def model_expectation(spec: ModelSpec) -> Expectation:
+    """What an upload of :data:`MODEL_UPLOADS` must look like.
+
+    Args:
+        spec: the client's model.
+    """
+    tensors = {f"model/{name}": tensor for name, tensor in spec.build().state_dict().items()}
+    return {**tensors, "num_examples": int, "label_counts": TensorSpec((spec.num_classes,), torch.int64)}
+
+
+def example_weights(replies: Replies) -> list[float]:
+    """Weights in proportion to the clients' numbers of examples.
+
+    Args:
+        replies: uploads with ``num_examples``.
+
+    Returns:
+        One per client in client-id order, at least 1 each.
+
+    Raises:
+        DataError: a client claims fewer than one example.
+    """
+    counts = replies.numbers("num_examples")
+    for client_id, count in counts.items():
+        if count < 1:
+            raise DataError(
+                f"it claims {count:g} training examples", where=f"client {client_id}", fix="leave this client out"
+            )
+    return list(counts.values())
+
+
+def client_artifact(job: Job, client_id: str, upload: Payload) -> Artifact:
+    """The artifact of the model that a client uploaded.
+
+    Args:
+        job: says which model the client owns.
+        client_id: whose.
+        upload: holds ``model/*``.
+    """
+    return Artifact.of(job.model_of(client_id), upload.group("model"))
+
+
+def moments_upload(features: nn.Module, client: Client, *, per_class: bool) -> Payload:
+    """Moments of a client's training examples under a feature extractor.
+
+    Args:
+        features: maps inputs to features, shape ``(n, d)``.
+        client: whose data.
+        per_class: keep the scatter of each class apart.
+
+    Returns:
+        The upload of :data:`MOMENT_UPLOADS`: counts, means, and packed scatter, float32.
+    """
+    found = predict(features, client.data.train.x, device=client.device)
+    moments = class_moments(found, client.data.train.y, client.data.num_classes, per_class=per_class)
+    return Payload(
+        {
+            "moments/counts": moments.counts.long(),
+            "moments/means": moments.means.float(),
+            "moments/scatter": pack_symmetric(moments.scatter).float(),
+        }
+    )
+
+
+def moments_expectation(num_classes: int, d: int, *, per_class: bool) -> Expectation:
+    """What an upload of :data:`MOMENT_UPLOADS` must look like.
+
+    Args:
+        num_classes: number of classes.
+        d: width of the features.
+        per_class: whether the scatter of each class is kept apart.
+    """
+    packed = d * (d + 1) // 2
+    return {
+        "moments/counts": TensorSpec((num_classes,), torch.int64),
+        "moments/means": TensorSpec((num_classes, d)),
+        "moments/scatter": TensorSpec((num_classes, packed) if per_class else (packed,)),
+    }
+
+
+def read_moments(upload: Payload) -> Moments:
+    """Turn an upload of :data:`MOMENT_UPLOADS` back into moments.
+
+    Args:
+        upload: already checked.
+
+    Returns:
+        Moments in float64.
+    """
+    means = upload.tensor("moments/means").double()
+    scatter = unpack_symmetric(upload.tensor("moments/scatter").double(), means.shape[1])
+    return Moments(upload.tensor("moments/counts").double(), means, scatter)

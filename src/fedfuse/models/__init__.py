@@ -1,0 +1,12 @@
+"""Model families, what can be built from parts of them, and how any model is cut."""
+
+from fedfuse.models import blocks as blocks
+from fedfuse.models import cnn as cnn
+from fedfuse.models import ensemble as ensemble
+from fedfuse.models import fused as fused
+from fedfuse.models import mlp as mlp
+from fedfuse.models import normalized as normalized
+from fedfuse.models import resnet as resnet
+from fedfuse.models.family import family as family
+from fedfuse.models.family import spec as spec
+from fedfuse.models.family import with_width as with_width

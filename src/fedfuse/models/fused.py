@@ -1,0 +1,237 @@
+"""Networks of parallel columns: blocks of several clients side by side, joined by adaptors, under one linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedfuse.core.artifact import Recipe, build
+from fedfuse.core.errors import ModelError
+from fedfuse.core.registry import register_recipe
+
+ADAPTORS = ("conv1x1", "mean", "attention")
+FEATURES = ("mean", "concat")
+
+
+def channel_dim(ndim: int) -> int:
+    """Where the channels of a feature map are: ``(n, c, h, w)`` and ``(n, d)`` at 1, tokens ``(n, t, d)`` at 2.
+
+    Args:
+        ndim: dimensions of the map with the batch.
+    """
+    return 2 if ndim == 3 else 1
+
+
+class Adaptor(nn.Module):
+    """Turns the feature maps of all clients into the input of one client's next block.
+
+    ``conv1x1`` joins the maps over channels and mixes them by a 1x1 convolution (a linear layer for vectors and
+    tokens); ``mean`` averages them; ``attention`` averages them with softmax weights computed per position.
+
+    Args:
+        kind: one of the above.
+        num_channels: channels of each map.
+        out_channels: channels that the block takes.
+        ndim: dimensions of a map with the batch.
+
+    Raises:
+        ModelError: the kind does not exist, or cannot take maps of different widths.
+    """
+
+    def __init__(self, kind: str, num_channels: Sequence[int], out_channels: int, ndim: int) -> None:
+        super().__init__()
+        self.kind, self.num_channels, self.ndim = kind, tuple(num_channels), ndim
+        if kind not in ADAPTORS:
+            raise ModelError(f'there is no adaptor "{kind}"', fix=f"use one of {', '.join(ADAPTORS)}")
+        if kind != "conv1x1" and set(num_channels) != {out_channels}:
+            raise ModelError(
+                f'the adaptor "{kind}" cannot join maps of {sorted(set(num_channels))} channels into {out_channels}',
+                fix="use adaptor: conv1x1 for clients with models of different widths",
+            )
+        joined = sum(num_channels)
+        if kind == "conv1x1":
+            self.mix: nn.Module = nn.Conv2d(joined, out_channels, 1) if ndim == 4 else nn.Linear(joined, out_channels)
+        elif kind == "attention":
+            inner = max(4, out_channels // 4)
+            self.query, self.key = nn.Linear(out_channels, inner), nn.Linear(out_channels, inner)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        """Map the joined feature maps to one.
+
+        Args:
+            joined: all maps, concatenated over channels.
+
+        Returns:
+            A map with ``out_channels`` channels.
+        """
+        if self.kind == "conv1x1":
+            mixed: Tensor = self.mix(joined)
+            return mixed
+        dim = channel_dim(self.ndim)
+        maps = joined.unflatten(dim, (len(self.num_channels), self.num_channels[0]))
+        if self.kind == "mean":
+            return maps.mean(dim)
+        # Channels go last for the linear layers: (n, m, c, h, w) -> (n, m, h, w, c).
+        last = maps.movedim(dim + 1, -1)
+        query, key = self.query(last.mean(dim, keepdim=True)), self.key(last)
+        weights = ((query * key).sum(-1, keepdim=True) / key.shape[-1] ** 0.5).softmax(dim)
+        return (weights * last).sum(dim).movedim(-1, dim) if self.ndim == 4 else (weights * last).sum(dim)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What rebuilds it."""
+        return {"kind": self.kind, "num_channels": list(self.num_channels), "ndim": self.ndim}
+
+
+class Column(nn.Module):
+    """One client's part of one level: its adaptor, if the level has any below it, and its block.
+
+    Args:
+        adaptor: joins the maps of the level below; ``None`` at the lowest level.
+        block: the client's block.
+    """
+
+    def __init__(self, adaptor: Adaptor | None, block: nn.Module) -> None:
+        super().__init__()
+        self.adaptor, self.block = adaptor, block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run adaptor and block.
+
+        Args:
+            x: the network's input at the lowest level, else the joined maps of the level below.
+
+        Returns:
+            The column's map.
+        """
+        mapped: Tensor = self.block(x if self.adaptor is None else self.adaptor(x))
+        return mapped
+
+
+class Level(nn.Module):
+    """The columns of one level, side by side.
+
+    Args:
+        columns: in client-id order.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        super().__init__()
+        self.columns = nn.ModuleList(columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all columns on the same input.
+
+        Args:
+            x: the input of every column.
+
+        Returns:
+            Their maps, concatenated over channels.
+
+        Raises:
+            ModelError: the maps differ in more than their channels.
+        """
+        maps = [column(x) for column in self.columns]
+        dim = channel_dim(maps[0].ndim)
+        shapes = {tuple(m.shape[:dim]) + tuple(m.shape[dim + 1 :]) for m in maps}
+        if len(shapes) > 1 or len({m.ndim for m in maps}) > 1:
+            raise ModelError(
+                f"blocks of one level end in maps that do not fit side by side: {sorted({tuple(m.shape[1:]) for m in maps})}",
+                fix="cut the clients' models at places of equal spatial size (method.points), or use other models",
+            )
+        return torch.cat(maps, dim)
+
+
+class FusedBlocks(nn.Module):
+    """Levels of parallel columns and, once there is one, a linear head on the mean or the join of their features.
+
+    Args:
+        levels: from the input upwards.
+        features: ``mean`` or ``concat``: what the head sees of the last level's features.
+        head: maps features to logits; ``None`` gives the features themselves.
+        block_recipes: per level and column, what rebuilds the block.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        *,
+        features: str = "concat",
+        head: nn.Linear | None = None,
+        block_recipes: Sequence[Sequence[Recipe]] = (),
+    ) -> None:
+        super().__init__()
+        if features not in FEATURES:
+            raise ModelError(f'there are no features "{features}"', fix=f"use one of {', '.join(FEATURES)}")
+        self.levels, self.features, self.head = nn.ModuleList(levels), features, head
+        self.block_recipes = [list(level) for level in block_recipes]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all levels and the head.
+
+        Args:
+            x: inputs, shape ``(n, *input_shape)``.
+
+        Returns:
+            Logits ``(n, num_classes)``; without a head the features ``(n, d)``.
+        """
+        for level in self.levels:
+            x = level(x)
+        last: Any = self.levels[-1]
+        if self.features == "mean" and len(last.columns) > 1:
+            if x.shape[1] % len(last.columns):
+                raise ModelError("features of different widths cannot be averaged", fix="use features: concat")
+            x = x.unflatten(1, (len(last.columns), -1)).mean(1)
+        return x if self.head is None else self.head(x)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What rebuilds the network."""
+        levels = [
+            [
+                {
+                    "adaptor": None if c.adaptor is None else c.adaptor.recipe,
+                    "out_channels": _out(c.adaptor),
+                    "block": recipe,
+                }
+                for c, recipe in zip(level.columns, recipes, strict=True)
+            ]
+            for level, recipes in zip(self.levels, self.block_recipes, strict=True)
+        ]
+        head = None if self.head is None else [self.head.in_features, self.head.out_features]
+        return {"kind": "fused_blocks", "features": self.features, "head": head, "levels": levels}
+
+
+def _out(adaptor: Adaptor | None) -> int:
+    if adaptor is None:
+        return 0
+    mix = getattr(adaptor, "mix", None)
+    if mix is None:
+        return adaptor.num_channels[0]
+    return int(mix.out_channels if isinstance(mix, nn.Conv2d) else mix.out_features)
+
+
+@register_recipe("fused_blocks")
+def build_fused_blocks(recipe: Mapping[str, Any]) -> FusedBlocks:
+    """Build a network of parallel columns.
+
+    Args:
+        recipe: what :attr:`FusedBlocks.recipe` gave.
+
+    Returns:
+        The network with fresh weights.
+    """
+    levels, block_recipes = [], []
+    for level in recipe["levels"]:
+        columns = []
+        for entry in level:
+            facts = entry["adaptor"]
+            adaptor = facts and Adaptor(facts["kind"], facts["num_channels"], entry["out_channels"], facts["ndim"])
+            columns.append(Column(adaptor or None, build(entry["block"])))
+        levels.append(Level(columns))
+        block_recipes.append([entry["block"] for entry in level])
+    head = nn.Linear(*recipe["head"]) if recipe["head"] else None
+    return FusedBlocks(levels, features=recipe["features"], head=head, block_recipes=block_recipes)

@@ -1,0 +1,1 @@
+"""Pure maths that methods share: tensors in, tensors out."""

@@ -1,0 +1,96 @@
+"""Labels beside points that cover neither each other nor the points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedfuse.report.plots.style import QUIET
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Box = tuple[float, float, float, float]
+# Near before far, right before left: where a reader looks for a label first.
+_ANGLES_DEG = (0, 180, 90, -90, 35, -35, 145, -145, 65, -65, 115, -115)
+_RADII_PX = (11.0, 19.0, 30.0, 44.0, 62.0, 84.0, 110.0)
+
+
+def place_labels(
+    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colours: Sequence[str]
+) -> list[Box]:
+    """Write a label beside each point; one that had to move away gets a thin line to its point.
+
+    Args:
+        axes: where; its limits must be set.
+        points: in data coordinates.
+        texts: one per point.
+        colours: one per point.
+
+    Returns:
+        Where the labels stand: left, bottom, right, top in pixels. They are free of overlaps as far as there is room.
+    """
+    figure = axes.get_figure(root=True)
+    if figure is None or not points:
+        return []
+    figure.draw_without_rendering()
+    # The layout is fixed from here on: labels that it made room for would move the points again.
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    frame = axes.get_window_extent(renderer)
+    places = [(float(x), float(y)) for x, y in axes.transData.transform(list(points))]
+    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    boxes: list[Box] = [(0.0, 0.0, 0.0, 0.0)] * len(points)
+    # From the top down: the eye reads the best methods first, so they get the best places.
+    for index in sorted(range(len(points)), key=lambda i: (-places[i][1], places[i][0])):
+        x, y = places[index]
+        text = axes.text(0, 0, texts[index], fontsize=9.5)
+        extent = text.get_window_extent(renderer)
+        text.remove()
+        width, height = extent.width + 2, extent.height + 2
+        options = [_beside(x, y, width, height, angle, radius) for radius in _RADII_PX for angle in _ANGLES_DEG]
+        inside = [box for box in options if _within(box, (frame.x0, frame.y0, frame.x1, frame.y1))] or options
+        box = min(inside, key=lambda option: (_covered(option, taken), inside.index(option)))
+        taken.append(box)
+        boxes[index] = box
+        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        edge = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
+        if math.dist(edge, (x, y)) > 16:
+            (x0, y0), (x1, y1) = axes.transData.inverted().transform([(x, y), edge])
+            axes.plot([x0, x1], [y0, y1], color=QUIET, linewidth=0.8, zorder=1)
+        at_x, at_y = axes.transData.inverted().transform(middle)
+        axes.text(at_x, at_y, texts[index], color=colours[index], fontsize=9.5, ha="center", va="center", zorder=5)
+    return boxes
+
+
+def overlap(first: Box, second: Box) -> float:
+    """Area that two boxes share.
+
+    Args:
+        first: left, bottom, right, top.
+        second: left, bottom, right, top.
+
+    Example:
+        >>> overlap((0, 0, 2, 2), (1, 1, 3, 3))
+        1
+    """
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    return max(width, 0) * max(height, 0)
+
+
+def _beside(x: float, y: float, width: float, height: float, angle_deg: float, radius: float) -> Box:
+    """A box that touches a circle about a point from outside, in a direction."""
+    across, up = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
+    centre_x = x + across * (radius + width / 2)
+    centre_y = y + up * (radius + height / 2)
+    return (centre_x - width / 2, centre_y - height / 2, centre_x + width / 2, centre_y + height / 2)
+
+
+def _within(box: Box, frame: Box) -> bool:
+    return box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
+
+
+def _covered(box: Box, taken: Sequence[Box]) -> float:
+    return sum(overlap(box, other) for other in taken)

@@ -1,0 +1,139 @@
+"""Tables for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedfuse.report.reading import BoardRow, parse_board, parse_run
+from fedfuse.report.units import format_bytes as format_bytes
+from fedfuse.report.units import format_count, format_percent
+from fedfuse.report.units import format_seconds as format_seconds
+from fedfuse.report.wording import UPPER_BOUND, base_name, score
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLUMNS = ("method", "accuracy", "upload", "download", "exchanges", "storage", "client time", "server time")
+
+
+def print_result(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the result of a run: its score and costs, then its clients.
+
+    Args:
+        result: as in ``result.json``.
+        console: where; the terminal if left out.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    run = parse_run(result)
+    facts = Table(show_header=False, box=None, pad_edge=False, title=escape(run.method), title_justify="left")
+    facts.add_column(style="dim")
+    facts.add_column(justify="right")
+    # The accuracy is that of one model on the test set, or the mean over the clients' own models.
+    facts.add_row("mean accuracy" if run.personal else "accuracy", f"[bold]{score(run.accuracy)}[/bold]")
+    facts.add_row("upload per client", format_bytes(run.costs.get("upload_bytes")))
+    facts.add_row("download per client", format_bytes(run.costs.get("download_bytes")))
+    facts.add_row("exchanges", format_count(run.costs.get("exchanges")))
+    facts.add_row("server storage", format_bytes(run.costs.get("storage_bytes")))
+    facts.add_row("size of the result", format_bytes(run.costs.get("artifact_bytes")))
+    facts.add_row("client time", format_seconds(run.costs.get("client_seconds")))
+    facts.add_row("server time", format_seconds(run.costs.get("server_seconds")))
+    console.print(facts)
+    if run.clients:
+        kinds = sorted({client.accuracy_kind for client in run.clients if client.accuracy is not None})
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("client")
+        table.add_column("examples", justify="right")
+        table.add_column(escape(f"accuracy ({', '.join(kinds)})") if any(kinds) else "accuracy", justify="right")
+        for client in run.clients:
+            table.add_row(escape(client.name), format_count(client.num_examples), format_percent(client.accuracy))
+        console.print()
+        console.print(table)
+    for client_id, reason in run.missing.items():
+        console.print(f"[yellow]{escape(client_id)} gave no answer: {escape(reason)}[/yellow]")
+
+
+def print_board(board: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a comparison, the most accurate method first; its accuracy is bold.
+
+    Args:
+        board: as in ``board.json``.
+        console: where; the terminal if left out.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    rows = parse_board(board).ranked
+    best = _best(rows)
+    for row in rows:
+        cells = [escape(cell) for cell in board_cells(row)]
+        if row.accuracy is not None and row.accuracy == best:
+            cells[1] = f"[bold]{cells[1]}[/bold]"
+        table.add_row(*cells)
+    console.print(table)
+
+
+def board_markdown(board: Mapping[str, Any]) -> str:
+    """The table of a comparison in Markdown, the most accurate method first; its accuracy is bold.
+
+    Args:
+        board: as in ``board.json``.
+
+    Returns:
+        The table, with a new line at its end.
+
+    Example:
+        >>> row = {"method": "fusefl", "accuracy_mean": 0.94, "num_seeds": 1, "upload_bytes": 1536, "exchanges": 5}
+        >>> print(board_markdown({"rows": [row]}).splitlines()[2])
+        | fusefl | **94.0 %** | 1.5 KiB | – | 5 | – | – | – |
+    """
+    rows = parse_board(board).ranked
+    best = _best(rows)
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|:---|{'---:|' * (len(COLUMNS) - 1)}"]
+    for row in rows:
+        cells = [_escaped(cell) for cell in board_cells(row)]
+        if row.accuracy is not None and row.accuracy == best:
+            cells[1] = f"**{cells[1]}**"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def board_cells(row: BoardRow) -> list[str]:
+    """The cells of a method's line, in the order of :data:`COLUMNS`.
+
+    Args:
+        row: of a board.
+    """
+    return [
+        row.method,
+        score(row.accuracy, row.spread if row.num_seeds > 1 else None),
+        format_bytes(row.costs.get("upload_bytes")),
+        format_bytes(row.costs.get("download_bytes")),
+        format_count(row.costs.get("exchanges")),
+        format_bytes(row.costs.get("storage_bytes")),
+        format_seconds(row.costs.get("client_seconds")),
+        format_seconds(row.costs.get("server_seconds")),
+    ]
+
+
+def _best(rows: list[BoardRow]) -> float | None:
+    """The highest accuracy; pooled data is the bound that federation is measured against and does not compete."""
+    competing = [row for row in rows if base_name(row.method) not in UPPER_BOUND] or rows
+    return max((row.accuracy for row in competing if row.accuracy is not None), default=None)
+
+
+def _escaped(cell: str) -> str:
+    """A cell whose letters mean nothing to Markdown: a label may hold any."""
+    line = " ".join(cell.split()).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    for letter in "|*_`[]":
+        line = line.replace(letter, f"\\{letter}")
+    return line

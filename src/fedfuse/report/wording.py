@@ -1,0 +1,161 @@
+"""What a result says in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from fedfuse.report.reading import Board, BoardRow, Run
+from fedfuse.report.units import DASH, format_bytes, format_count, format_percent
+
+UPPER_BOUND = frozenset({"centralized"})
+NO_FEDERATION = frozenset({"local"})
+# How papers spell their names; any other label is shown as it was given.
+_SPELLING = {
+    "centralized": "Centralized",
+    "co_boosting": "Co-Boosting",
+    "dense": "DENSE",
+    "ensemble": "Ensemble",
+    "feature_ensemble": "Feature ensemble",
+    "fedavg": "FedAvg",
+    "feddf": "FedDF",
+    "fedprox": "FedProx",
+    "fusefl": "FuseFL",
+    "local": "Local",
+}
+
+
+def base_name(label: str) -> str:
+    """The method's name at the start of a label.
+
+    Args:
+        label: such as ``fusefl[num_blocks=2]``.
+
+    Example:
+        >>> base_name("fusefl[num_blocks=2]")
+        'fusefl'
+    """
+    return "".join(takewhile(lambda letter: letter.isalnum() or letter in "_-", label))
+
+
+def method_title(label: str) -> str:
+    """A label with the method's name spelt as in its paper.
+
+    Args:
+        label: such as ``fusefl[num_blocks=2]``.
+
+    Example:
+        >>> method_title("fusefl[num_blocks=2]"), method_title("my own")
+        ('FuseFL[num_blocks=2]', 'my own')
+    """
+    name = base_name(label)
+    return _SPELLING.get(name, name) + label[len(name) :]
+
+
+def score(accuracy: float | None, spread: float | None = None) -> str:
+    """An accuracy in per cent, with its spread where there is one.
+
+    Args:
+        accuracy: in [0, 1]; ``None`` where nobody knows.
+        spread: standard deviation over seeds; ``None`` for one seed.
+
+    Example:
+        >>> score(0.9412), score(0.9412, 0.004)
+        ('94.1 %', '94.1 ± 0.4 %')
+    """
+    if accuracy is None:
+        return DASH
+    return format_percent(accuracy) if spread is None else f"{100 * accuracy:.1f} ± {100 * spread:.1f} %"
+
+
+def run_headline(run: Run) -> list[str]:
+    """The result of a run in plain words.
+
+    Args:
+        run: the run.
+
+    Returns:
+        Sentences, the one that matters most first.
+    """
+    title, cost = method_title(run.method), _cost(run.costs.get("upload_bytes"), run.costs.get("exchanges"))
+    if run.accuracy is None:
+        number = format_count(len(run.clients))
+        sentences = [f"{title} ran with {number} client{'' if len(run.clients) == 1 else 's'}{cost}."]
+        sentences.append(
+            "There is no test accuracy: the data has no test part, or nothing came out that could be scored."
+        )
+    elif run.personal and not run.confusion:
+        average = format_percent(run.accuracy)
+        sentences = [f"{title}: the clients' own models reach {average} on average on the test set{cost}."]
+    else:
+        sentences = [f"{title} reaches {format_percent(run.accuracy)} on the test set{cost}."]
+    known = len({client.name for client in run.clients} | set(run.missing))
+    if run.missing:
+        sentences.append(f"{len(run.missing)} of {known} clients gave no answer.")
+    return sentences
+
+
+def board_headline(board: Board) -> list[str]:
+    """The result of a comparison in plain words.
+
+    Args:
+        board: the comparison.
+
+    Returns:
+        Sentences, the one that matters most first.
+    """
+    if not board.rows:
+        return ["The comparison holds no method yet."]
+    scored = [row for row in board.ranked if row.accuracy is not None]
+    if not scored:
+        number = "One method" if len(board.rows) == 1 else f"{len(board.rows)} methods"
+        return [f"{number} ran without a test set, so there is no accuracy to compare.", "The costs are below."]
+    # Neither bound is a federated method, so neither can win; both are named for scale.
+    references = UPPER_BOUND | NO_FEDERATION
+    federated = [row for row in scored if base_name(row.method) not in references] or scored
+    best, others = federated[0], federated[1:]
+    sentences = [
+        f"{method_title(best.method)} reaches {_spread_score(best)}{_difference(best, others)}"
+        f"{_cost(best.costs.get('upload_bytes'), best.costs.get('exchanges'))}."
+    ]
+    if others and best.num_seeds > 1 and _within_spread(best, others[0]):
+        sentences.append(f"The lead over {method_title(others[0].method)} is within the spread of the seeds.")
+    for row in scored:
+        if row is not best and base_name(row.method) in NO_FEDERATION:
+            sentences.append(f"A client alone reaches {format_percent(row.accuracy)} on average.")
+        if row is not best and base_name(row.method) in UPPER_BOUND:
+            sentences.append(f"Training on all data in one place reaches {format_percent(row.accuracy)}.")
+    return sentences
+
+
+def _difference(best: BoardRow, others: Sequence[BoardRow]) -> str:
+    """How far the best is above plain averaging, which readers know, or else above the runner-up."""
+    other = next((row for row in others if base_name(row.method) == "fedavg"), others[0] if others else None)
+    if other is None or best.accuracy is None or other.accuracy is None:
+        return ""
+    points = 100 * (best.accuracy - other.accuracy)
+    one_shot = "one-shot " if base_name(other.method) == "fedavg" and other.costs.get("exchanges") == 1 else ""
+    name = one_shot + method_title(other.method)
+    if points < 0.05:
+        return f", level with {name}"
+    amount = f"{points:.0f}" if points >= 10 else f"{points:.1f}"
+    return f", {amount} point{'' if amount == '1.0' else 's'} above {name}"
+
+
+def _spread_score(row: BoardRow) -> str:
+    if row.num_seeds > 1:
+        return f"{format_percent(row.accuracy)} (± {100 * row.spread:.1f} over {row.num_seeds} seeds)"
+    return format_percent(row.accuracy)
+
+
+def _within_spread(best: BoardRow, other: BoardRow) -> bool:
+    return (best.accuracy or 0.0) - best.spread <= (other.accuracy or 0.0) + other.spread
+
+
+def _cost(upload_bytes: float | None, exchanges: float | None) -> str:
+    if upload_bytes is None:
+        return ""
+    text = f", with {format_bytes(upload_bytes)} uploaded per client"
+    if exchanges is None:
+        return text
+    return text + (" in one exchange" if exchanges == 1 else f" in {format_count(exchanges)} exchanges")

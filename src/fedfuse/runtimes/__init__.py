@@ -1,0 +1,4 @@
+"""Runtimes: what carries requests to clients and brings replies back."""
+
+from fedfuse.runtimes import local as local
+from fedfuse.runtimes import replay as replay

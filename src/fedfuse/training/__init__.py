@@ -1,0 +1,7 @@
+"""Local training and evaluation: plain functions on modules and tensors."""
+
+from fedfuse.training.evaluation import Evaluation as Evaluation
+from fedfuse.training.evaluation import evaluate as evaluate
+from fedfuse.training.evaluation import predict as predict
+from fedfuse.training.sgd import LocalSGD as LocalSGD
+from fedfuse.training.sgd import train as train

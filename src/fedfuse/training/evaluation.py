@@ -1,0 +1,93 @@
+"""How good a model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedfuse.core.examples import Examples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on some examples.
+
+    Args:
+        accuracy: fraction of right predictions, in [0, 1].
+        loss: mean cross-entropy.
+        confusion: counts, shape ``(num_classes, num_classes)``; rows are the true classes.
+    """
+
+    accuracy: float
+    loss: float
+    confusion: Tensor
+
+
+@torch.inference_mode()
+def predict(
+    module: nn.Module | Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 500,
+) -> Tensor:
+    """Run a module over many inputs in evaluation mode.
+
+    Args:
+        module: maps ``(n, *input_shape)`` to ``(n, ...)``.
+        x: inputs, shape ``(num_examples, *input_shape)``.
+        device: where.
+        batch_size: inputs at a time.
+
+    Returns:
+        Outputs on the CPU, shape ``(num_examples, ...)``.
+    """
+    if isinstance(module, nn.Module):
+        module = module.to(device).eval()
+    # Channels-last pays for convolutions; a single channel has no layout to choose.
+    layout = torch.channels_last if x.ndim == 4 and x.shape[1] > 1 else torch.contiguous_format
+    parts = [module(part.to(device).contiguous(memory_format=layout)).float().cpu() for part in x.split(batch_size)]
+    return torch.cat(parts).clone() if parts else torch.empty(0)
+
+
+def evaluate(module: nn.Module, examples: Examples, *, device: torch.device | str = "cpu") -> Evaluation:
+    """Accuracy, loss and confusion matrix of a classifier.
+
+    Args:
+        module: maps inputs to logits.
+        examples: at least one.
+        device: where.
+
+    Returns:
+        The scores.
+    """
+    return score(predict(module, examples.x, device=device), examples.y)
+
+
+def score(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Accuracy, loss and confusion matrix of given logits.
+
+    Args:
+        logits: shape ``(n, num_classes)``.
+        labels: shape ``(n,)``.
+
+    Returns:
+        The scores.
+
+    Example:
+        >>> seen = score(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
+        >>> seen.accuracy, seen.confusion.tolist()
+        (0.5, [[1, 0], [1, 0]])
+    """
+    num_classes = logits.shape[1]
+    guess = logits.argmax(1)
+    confusion = torch.bincount(labels * num_classes + guess, minlength=num_classes**2)
+    return Evaluation(
+        accuracy=(guess == labels).double().mean().item(),
+        loss=F.cross_entropy(logits, labels).item(),
+        confusion=confusion.reshape(num_classes, num_classes),
+    )

@@ -1,0 +1,179 @@
+"""Every registered method keeps the laws of the contract on every runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance_federation import CONFIG, Died, section
+
+import fedfuse
+from fedfuse.core.artifact import Artifact
+from fedfuse.core.journal import Journal
+from fedfuse.core.registry import METHODS
+from fedfuse.experiment import Result, read_config, resolve
+from fedfuse.training import predict
+
+NAMES = METHODS.names()
+
+NOT_THE_CLIENTS_MODEL = {
+    "centralized": "the server trains, in an order of examples of its own",
+    "fedprox": "two rounds of training are not one",
+    "fedavg": "two rounds of training are not one",
+    "feature_ensemble": "the head is made from moments, not by the client",
+    "fusefl": "blocks are trained in turn, and the head is made from moments",
+}
+"""Methods whose result for one client is not that client's own model, and why."""
+
+
+def run(name: str, folder: Path | None = None, **sections: Any) -> Result:
+    config = {**CONFIG, "method": section(name), **sections}
+    return fedfuse.run(config, out=folder)
+
+
+def digest(result: Result) -> str:
+    return str(result.facts["artifact"]["digest"])
+
+
+def bytes_of(result: Result) -> dict[str, float]:
+    return {key: value for key, value in result.ledger.items() if "bytes" in key and "rss" not in key}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    home = tmp_path_factory.mktemp("undisturbed")
+    return {name: run(name, home / name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_workers_give_the_same_bits_and_the_same_ledger(
+    name: str, undisturbed: dict[str, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedfuse.runtimes.local._WORTH_IT_S", 0.0)
+    other = run(name, tmp_path / "run", runtime={"name": "local", "workers": 2})
+    assert digest(other) == digest(undisturbed[name])
+    assert bytes_of(other) == bytes_of(undisturbed[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replay_gives_the_same_bits_and_the_same_ledger(name: str, undisturbed: dict[str, Result]) -> None:
+    folder = undisturbed[name].folder
+    assert folder is not None
+    other = run(name, folder, runtime={"name": "replay"})
+    assert digest(other) == digest(undisturbed[name])
+    assert bytes_of(other) == bytes_of(undisturbed[name])
+    assert all(entry["from_journal"] for entry in json.loads((folder / "ledger.json").read_text())["entries"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_clients_changes_nothing(
+    name: str, undisturbed: dict[str, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedfuse.runtimes import local
+
+    original = local.LocalRuntime.exchange
+
+    def backwards(self: Any, requests: Any, **others: Any) -> Any:
+        return iter(list(original(self, requests, **others))[::-1])
+
+    monkeypatch.setattr(local.LocalRuntime, "exchange", backwards)
+    monkeypatch.setattr(
+        local.LocalRuntime,
+        "clients",
+        lambda self, known=local.LocalRuntime.clients: dict(reversed(known(self).items())),
+    )
+    assert digest(run(name, tmp_path / "run")) == digest(undisturbed[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_crash_costs_only_what_was_not_answered(name: str, undisturbed: dict[str, Result], tmp_path: Path) -> None:
+    with pytest.raises(Died):
+        run(name, tmp_path / "run", runtime={"name": "faulty", "dies_after": 2})
+    again = run(name, tmp_path / "run")
+    assert digest(again) == digest(undisturbed[name])
+    entries = json.loads((tmp_path / "run" / "ledger.json").read_text())["entries"]
+    assert sum(entry["from_journal"] for entry in entries) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_client_costs_only_that_client(name: str, tmp_path: Path) -> None:
+    faulty = {"name": "faulty", "absent": "client_1"}
+    result = run(name, tmp_path / "run", runtime=faulty, federation={"quorum": 0.6})
+    assert list(result.missing) == ["client_1"]
+    assert "the client has left" in result.missing["client_1"]
+    assert result.accuracy is not None
+    with pytest.raises(fedfuse.FedfuseError, match="2 of 3 clients answered"):
+        run(name, tmp_path / "strict", runtime=faulty)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_client_gives_that_clients_model(name: str, tmp_path: Path) -> None:
+    data = {**CONFIG["data"], "limit": 120, "partition": {"scheme": "iid", "num_clients": 1}}
+    alone = run("local", tmp_path / "local", data=data)
+    result = run(name, tmp_path / "run", data=data)
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    own = predict(alone.personal["client_0"].module(), x)
+    found = predict((result.artifact or result.personal["client_0"]).module(), x)
+    is_same = bool(torch.allclose(own, found, atol=1e-5))
+    assert is_same or name in NOT_THE_CLIENTS_MODEL
+    assert found.shape == own.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batchnorm_buffers_and_their_dtypes_are_part_of_the_model(name: str, undisturbed: dict[str, Result]) -> None:
+    result = undisturbed[name]
+    artifacts = [result.artifact] if result.artifact else list(result.personal.values())
+    for artifact in artifacts:
+        counters = {key: t for key, t in artifact.state.items() if key.endswith("num_batches_tracked")}
+        assert counters
+        assert all(t.dtype == torch.int64 and t.ndim == 0 and t > 0 for t in counters.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_upload_is_declared_and_every_task_says_what_it_is(name: str, undisturbed: dict[str, Result]) -> None:
+    from fedfuse.core.payload import matches
+
+    tasks = METHODS.get(name).tasks()
+    declared = {pattern: words for task in tasks.values() for pattern, words in task.uploads.items()}
+    assert all(declared.values()), f"say in a few words what each upload of {name} is"
+    folder = undisturbed[name].folder
+    assert folder is not None
+    with Journal(folder / "journal") as journal:
+        for entry in journal.entries():
+            assert all(matches(key, declared) for key in entry.open())
+
+
+def test_every_artifact_loads_in_a_fresh_process(undisturbed: dict[str, Result], tmp_path: Path) -> None:
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    folders, wanted = [], []
+    for result in undisturbed.values():
+        assert result.folder is not None
+        path = result.folder / "artifact" / ("" if result.artifact else "client_0")
+        folders.append(str(path))
+        wanted.append(predict(Artifact.read(path).module(), x).tolist())
+    code = (
+        "import json, sys, torch, fedfuse\n"
+        "x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))\n"
+        "with torch.inference_mode():\n"
+        "    print(json.dumps([fedfuse.load(path)(x).tolist() for path in sys.argv[1:]]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *folders], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    found = json.loads(done.stdout)
+    for name, ours, theirs in zip(undisturbed, wanted, found, strict=True):
+        assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_written_configuration_repeats_the_run(name: str, undisturbed: dict[str, Result], tmp_path: Path) -> None:
+    folder = undisturbed[name].folder
+    assert folder is not None
+    again = fedfuse.run(folder / "config.yaml", out=tmp_path / "again")
+    assert digest(again) == digest(undisturbed[name])
+    assert resolve(read_config(folder / "config.yaml")) == again.facts["config"]
