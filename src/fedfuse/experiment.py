@@ -144,8 +144,8 @@ class Config(_Section):
     model: ModelSection = pydantic.Field(default_factory=ModelSection)
     method: NamedSection = pydantic.Field(default_factory=lambda: NamedSection(name="fusefl"))
     runtime: NamedSection = pydantic.Field(default_factory=lambda: NamedSection(name="local"))
-    federation: FederationSection = pydantic.Field(default_factory=FederationSection)
-    server: ServerSection = pydantic.Field(default_factory=ServerSection)
+    federation: FederationSection = pydantic.Field(default_factory=lambda: FederationSection.model_validate({}))
+    server: ServerSection = pydantic.Field(default_factory=lambda: ServerSection())
     methods: list[str | dict[str, Any]] = pydantic.Field(default_factory=list)
 
 
@@ -310,9 +310,9 @@ def _override(table: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _put(table: Any, path: Sequence[str], value: Any) -> dict[str, Any]:
-    table = dict(table) if isinstance(table, Mapping) else {}
-    table[path[0]] = value if len(path) == 1 else _put(table.get(path[0]), path[1:], value)
-    return table
+    inner: dict[str, Any] = dict(table) if isinstance(table, Mapping) else {}
+    inner[path[0]] = value if len(path) == 1 else _put(inner.get(path[0]), path[1:], value)
+    return inner
 
 
 def resolve(config: Config) -> dict[str, Any]:
@@ -412,7 +412,11 @@ class _Loader:
             normalize=config.data.normalize,
             augment=config.data.augment,
         )
-        facts = {"input_shape": data.input_shape, "num_classes": data.num_classes, "seed": derive_seed(seed, "model")}
+        facts: dict[str, Any] = {
+            "input_shape": data.input_shape,
+            "num_classes": data.num_classes,
+            "seed": derive_seed(seed, "model"),
+        }
         spec = models.spec(config.model.family, config.model.others, **facts)
         own: dict[str, ModelSpec] = {}
         for client_id, others in config.model.clients.items():
@@ -515,7 +519,10 @@ def _own_setting(
     else:
         parts = [from_python(part) for part in pairs]
     tested = None if test is None else from_python(test)
-    data = from_clients(parts, tested, seed=seed, validation_fraction=validation_fraction)
+    # Data of one's own is taken as it is: it comes ready for the model that comes with it.
+    data = from_clients(
+        parts, tested, seed=seed, validation_fraction=validation_fraction, normalize="none", augment="none"
+    )
     spec = user_spec(model, input_shape=data.input_shape, num_classes=data.num_classes, seed=derive_seed(seed, "model"))
     name = method if isinstance(method, str) else "fusefl" if method is None else method.name
     settings = to_json(method) if isinstance(method, Method) else {}
@@ -703,7 +710,7 @@ def _shipped(setting: Setting, fused: Fused, cohort: Cohort, label: str) -> tupl
 
     def ship(artifact: Artifact) -> Artifact:
         normalization = data.normalization
-        if normalization is not None:
+        if normalization.mean:
             artifact = normalized_artifact(artifact, normalization.mean, normalization.std, len(data.input_shape))
         return Artifact(artifact.recipe, artifact.state, artifact.template, info)
 
@@ -825,7 +832,7 @@ def compare(
                 observer.run_started(label, seed, position, len(numbers) * len(labels))
                 run_folder = home / _slug(label) / f"seed_{seed}"
                 table = {**resolved[label], "seed": seed}
-                facts = _finished(run_folder, table)
+                facts: Mapping[str, Any] | None = _finished(run_folder, table)
                 if facts is None:
                     setting = setting or loader.setting(seed)
                     method = _named(METHODS, configs[label].method.name, configs[label].method.others, "method")

@@ -26,7 +26,7 @@ from fedfuse.core.payload import Payload, Value, matches, read_header
 from fedfuse.core.seeding import derive_seed
 from fedfuse.core.settings import to_json
 
-Expectation = Mapping[str, "Tensor | TensorSpec | type"]
+Expectation = Mapping[str, Any]
 """What an upload must look like: key to a tensor or :class:`TensorSpec` (same shape and dtype), or a scalar's type."""
 
 _SLACK_BYTES = 1 << 20
@@ -250,8 +250,8 @@ class Cohort:
         limit_s = timeout_s if timeout_s is not None else self.terms.timeout_s
         if pending:
             for reply in self._runtime.exchange(list(pending.values()), timeout_s=limit_s, progress=tell):
-                request = pending.get(reply.client_id)
-                if request is None or reply.client_id in entries or reply.client_id in missing:
+                asked = pending.get(reply.client_id)
+                if asked is None or reply.client_id in entries or reply.client_id in missing:
                     self._log({"event": "ignored reply", "exchange": key, "client": reply.client_id})
                     continue
                 if reply.breaks_contract:
@@ -260,12 +260,12 @@ class Cohort:
                     if reply.upload is None:
                         raise UploadRefused(reply.error)
                     self._check(spec, reply, expect)
-                    entry = self.journal.put(request.answer_key, reply.upload, self._entry_facts(spec, request, reply))
+                    entry = self.journal.put(asked.answer_key, reply.upload, self._entry_facts(spec, asked, reply))
                 except UploadRefused as refusal:
                     missing[reply.client_id] = str(refusal)
-                    self._count(request, 0, reply.seconds, reply.peak_rss_bytes, from_journal=False)
+                    self._count(asked, 0, reply.seconds, reply.peak_rss_bytes, from_journal=False)
                 else:
-                    self._accept(spec, request, entry, entries, from_journal=False)
+                    self._accept(spec, asked, entry, entries, from_journal=False)
                 self._progress(key, reply.client_id, len(entries) + len(missing), len(messages), 1.0)
         for client_id in sorted(set(pending) - set(entries) - set(missing)):
             missing[client_id] = "no reply"

@@ -51,7 +51,7 @@ class Examples:
         digest = hashlib.sha256()
         for tensor in (self.x, self.y):
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -62,18 +62,19 @@ class Journal:
 
     Args:
         folder: made if it is not there; ``None`` keeps everything in memory.
+        locks: keep other processes out; without it the folder is only read.
 
     Raises:
         JournalError: another process is using the folder.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, locks: bool = True) -> None:
         self.folder = folder
         self._memory: dict[str, Entry] = {}
         self._checked: set[str] = set()
         self._lock: int | None = None
         self.broken: list[str] = []
-        if folder is not None:
+        if folder is not None and locks:
             self._acquire(folder)
 
     def _acquire(self, folder: Path) -> None:

@@ -23,8 +23,10 @@ from fedfuse.core.seeding import Rng
 if TYPE_CHECKING:
     from fedfuse.core.cohort import Cohort
 
-Task = Callable[[Any, Client, Payload], Payload]
-F = TypeVar("F", bound=Task)
+Task = Callable[[Client, Payload], Payload]
+"""A client task bound to its method: what ``cohort.ask`` takes."""
+
+F = TypeVar("F", bound=Callable[[Any, Client, Payload], Payload])
 M = TypeVar("M", bound="type[Method]")
 
 _MARK = "__client_task__"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -52,13 +52,14 @@ def from_json(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
         ConfigError: a setting is unknown, missing, or has a value that it cannot have.
     """
     try:
-        return typing.cast(T, _adapter(kind).validate_python(dict(values)))
+        return typing.cast(T, _adapter(typing.cast(Hashable, kind)).validate_python(dict(values)))
     except pydantic.ValidationError as error:
         raise config_error(error, kind, where) from None
 
 
 @cache
-def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> pydantic.TypeAdapter[Any]:
+    assert isinstance(kind, type)
     _forbid_unknown(kind)
     return pydantic.TypeAdapter(kind)
 

@@ -336,7 +336,8 @@ class _Cuttable:
         return [*ends, len(self.nodes) - 1]
 
     def pieces(self, ends: Sequence[int], recipe: Recipe | None) -> Pieces:
-        blocks, used = [], set()
+        blocks: list[nn.Module] = []
+        used: set[str] = set()
         for start, end in pairwise([0, *(end + 1 for end in ends)]):
             block, names = self._block(start, end)
             if used & names:

@@ -73,12 +73,14 @@ class Adaptor(nn.Module):
         dim = channel_dim(self.ndim)
         maps = joined.unflatten(dim, (len(self.num_channels), self.num_channels[0]))
         if self.kind == "mean":
-            return maps.mean(dim)
+            average: Tensor = maps.mean(dim)
+            return average
         # Channels go last for the linear layers: (n, m, c, h, w) -> (n, m, h, w, c).
         last = maps.movedim(dim + 1, -1)
         query, key = self.query(last.mean(dim, keepdim=True)), self.key(last)
         weights = ((query * key).sum(-1, keepdim=True) / key.shape[-1] ** 0.5).softmax(dim)
-        return (weights * last).sum(dim).movedim(-1, dim) if self.ndim == 4 else (weights * last).sum(dim)
+        mixture: Tensor = (weights * last).sum(dim)
+        return mixture.movedim(-1, dim) if self.ndim == 4 else mixture
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -197,12 +199,17 @@ class FusedBlocks(nn.Module):
                     "out_channels": _out(c.adaptor),
                     "block": recipe,
                 }
-                for c, recipe in zip(level.columns, recipes, strict=True)
+                for c, recipe in zip(_columns(level), recipes, strict=True)
             ]
             for level, recipes in zip(self.levels, self.block_recipes, strict=True)
         ]
         head = None if self.head is None else [self.head.in_features, self.head.out_features]
         return {"kind": "fused_blocks", "features": self.features, "head": head, "levels": levels}
+
+
+def _columns(level: nn.Module) -> list[Column]:
+    assert isinstance(level, Level)
+    return [column for column in level.columns if isinstance(column, Column)]
 
 
 def _out(adaptor: Adaptor | None) -> int:

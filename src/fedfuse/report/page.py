@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from fedfuse.core.errors import ConfigError
 from fedfuse.core.files import write_atomically
+from fedfuse.report.board_sections import board_sections, board_tiles, first_runs
+from fedfuse.report.layout import Gallery, Section
 from fedfuse.report.reading import read_board, read_run
-from fedfuse.report.sections import Gallery, Section, board_sections, board_tiles, run_sections, run_tiles
+from fedfuse.report.run_sections import run_sections, run_tiles
 from fedfuse.report.wording import board_headline, run_headline
 
 if TYPE_CHECKING:
@@ -38,12 +40,13 @@ def write_report(folder: str | Path) -> Path:
     gallery = Gallery(folder / "figures")
     if (folder / "board.json").is_file():
         board = read_board(folder)
+        runs = first_runs(board, folder)
         seeds = f"seed{'' if len(board.seeds) == 1 else 's'} {', '.join(board.seeds)}" if board.seeds else ""
         html = _render(
             kicker=["comparison", f"{len(board.rows)} method{'' if len(board.rows) == 1 else 's'}", seeds],
             headline=board_headline(board),
-            tiles=board_tiles(board, folder),
-            sections=board_sections(board, folder, gallery),
+            tiles=board_tiles(board, runs),
+            sections=board_sections(board, runs, folder, gallery),
             versions=board.versions,
         )
     elif (folder / "result.json").is_file():

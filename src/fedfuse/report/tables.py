@@ -9,7 +9,7 @@ from fedfuse.report.reading import BoardRow, parse_board, parse_run
 from fedfuse.report.units import format_bytes as format_bytes
 from fedfuse.report.units import format_count, format_percent
 from fedfuse.report.units import format_seconds as format_seconds
-from fedfuse.report.wording import UPPER_BOUND, base_name, score
+from fedfuse.report.wording import leader, score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,10 +73,10 @@ def print_board(board: Mapping[str, Any], console: Console | None = None) -> Non
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "method" else "right")
     rows = parse_board(board).ranked
-    best = _best(rows)
+    best = leader(rows)
     for row in rows:
         cells = [escape(cell) for cell in board_cells(row)]
-        if row.accuracy is not None and row.accuracy == best:
+        if row is best:
             cells[1] = f"[bold]{cells[1]}[/bold]"
         table.add_row(*cells)
     console.print(table)
@@ -97,11 +97,11 @@ def board_markdown(board: Mapping[str, Any]) -> str:
         | fusefl | **94.0 %** | 1.5 KiB | – | 5 | – | – | – |
     """
     rows = parse_board(board).ranked
-    best = _best(rows)
+    best = leader(rows)
     lines = [f"| {' | '.join(COLUMNS)} |", f"|:---|{'---:|' * (len(COLUMNS) - 1)}"]
     for row in rows:
         cells = [_escaped(cell) for cell in board_cells(row)]
-        if row.accuracy is not None and row.accuracy == best:
+        if row is best:
             cells[1] = f"**{cells[1]}**"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -123,12 +123,6 @@ def board_cells(row: BoardRow) -> list[str]:
         format_seconds(row.costs.get("client_seconds")),
         format_seconds(row.costs.get("server_seconds")),
     ]
-
-
-def _best(rows: list[BoardRow]) -> float | None:
-    """The highest accuracy; pooled data is the bound that federation is measured against and does not compete."""
-    competing = [row for row in rows if base_name(row.method) not in UPPER_BOUND] or rows
-    return max((row.accuracy for row in competing if row.accuracy is not None), default=None)
 
 
 def _escaped(cell: str) -> str:

@@ -67,8 +67,10 @@ def format_seconds(seconds: float | None) -> str:
     if whole < 60:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
-    if minutes < 60:
+    if whole < 600:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    if round(seconds / 60) < 60:
+        return f"{seconds / 60:.0f} min"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 

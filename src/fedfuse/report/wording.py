@@ -52,6 +52,17 @@ def method_title(label: str) -> str:
     return _SPELLING.get(name, name) + label[len(name) :]
 
 
+def leader(rows: Sequence[BoardRow]) -> BoardRow | None:
+    """The most accurate method; training on pooled data is what all are measured against, so it leads only alone.
+
+    Args:
+        rows: of a board, in any order; of equals the first leads.
+    """
+    scored = [row for row in rows if row.accuracy is not None]
+    competing = [row for row in scored if base_name(row.method) not in UPPER_BOUND] or scored
+    return max(competing, key=lambda row: row.accuracy or 0.0, default=None)
+
+
 def score(accuracy: float | None, spread: float | None = None) -> str:
     """An accuracy in per cent, with its spread where there is one.
 
@@ -110,14 +121,14 @@ def board_headline(board: Board) -> list[str]:
     if not scored:
         number = "One method" if len(board.rows) == 1 else f"{len(board.rows)} methods"
         return [f"{number} ran without a test set, so there is no accuracy to compare.", "The costs are below."]
-    # Neither bound is a federated method, so neither can win; both are named for scale.
-    references = UPPER_BOUND | NO_FEDERATION
-    federated = [row for row in scored if base_name(row.method) not in references] or scored
-    best, others = federated[0], federated[1:]
-    sentences = [
-        f"{method_title(best.method)} reaches {_spread_score(best)}{_difference(best, others)}"
-        f"{_cost(best.costs.get('upload_bytes'), best.costs.get('exchanges'))}."
-    ]
+    best = leader(scored) or scored[0]
+    others = [row for row in scored if row is not best and base_name(row.method) not in UPPER_BOUND | NO_FEDERATION]
+    if base_name(best.method) in NO_FEDERATION and others:
+        alone = f"a client alone reaches {_spread_score(best)} on average{_difference(best, others[:1])}"
+        sentences = [f"No method beats training without federation: {alone}."]
+    else:
+        cost = _cost(best.costs.get("upload_bytes"), best.costs.get("exchanges"))
+        sentences = [f"{method_title(best.method)} reaches {_spread_score(best)}{_difference(best, others)}{cost}."]
     if others and best.num_seeds > 1 and _within_spread(best, others[0]):
         sentences.append(f"The lead over {method_title(others[0].method)} is within the spread of the seeds.")
     for row in scored:
@@ -129,13 +140,13 @@ def board_headline(board: Board) -> list[str]:
 
 
 def _difference(best: BoardRow, others: Sequence[BoardRow]) -> str:
-    """How far the best is above plain averaging, which readers know, or else above the runner-up."""
-    other = next((row for row in others if base_name(row.method) == "fedavg"), others[0] if others else None)
+    """How far the best is above one-shot averaging, which readers know, or else above the runner-up."""
+    averaged = [row for row in others if base_name(row.method) == "fedavg" and row.costs.get("exchanges") == 1]
+    other = next(iter([*averaged, *others]), None)
     if other is None or best.accuracy is None or other.accuracy is None:
         return ""
     points = 100 * (best.accuracy - other.accuracy)
-    one_shot = "one-shot " if base_name(other.method) == "fedavg" and other.costs.get("exchanges") == 1 else ""
-    name = one_shot + method_title(other.method)
+    name = ("one-shot " if other in averaged else "") + method_title(other.method)
     if points < 0.05:
         return f", level with {name}"
     amount = f"{points:.0f}" if points >= 10 else f"{points:.1f}"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
@@ -123,9 +124,7 @@ class LocalRuntime:
                 yield from self._over_workers(queue, timeout_s, progress)
                 return
             request = queue.pop(0)
-            reply = perform(
-                request, self._sides[request.client_id], lambda d, t, c=request.client_id: progress(c, d, t)
-            )
+            reply = perform(request, self._sides[request.client_id], partial(progress, request.client_id))
             self._seconds_by_task[request.task] = reply.seconds
             yield reply
 

@@ -162,7 +162,7 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 value = objective(run, batch, y[index.to(device)])
             optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             if settings.grad_clip_norm is not None:
                 nn.utils.clip_grad_norm_(trainable, settings.grad_clip_norm)
             optimizer.step()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedfuse.report.plots.labels import place_labels
-from fedfuse.report.plots.style import ACCENT, GRID, INK, MUTED, QUIET, empty_picture, in_house_style, new_figure
+from fedfuse.report.plots.style import ACCENT, GRID, INK, MUTED, PAPER, QUIET, empty_picture, in_house_style, new_figure
 from fedfuse.report.reading import BoardRow
 from fedfuse.report.units import format_bytes, shorten
-from fedfuse.report.wording import UPPER_BOUND, base_name, method_title, score
+from fedfuse.report.wording import UPPER_BOUND, base_name, leader, method_title, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ def accuracy_by_method(rows: Sequence[BoardRow]) -> Figure:
     scored = sorted((row for row in rows if row.accuracy is not None), key=lambda row: row.accuracy or 0.0)
     if not scored:
         return empty_picture("No method was scored: there is no test set.")
-    best = _best(scored)
+    best = leader(scored)
     figure = new_figure(0.4 * len(scored) + 0.95)
     axes = figure.subplots()
     axes.set_xlim(*_window([value for row in scored for value in _reach(row)]))
@@ -38,7 +39,7 @@ def accuracy_by_method(rows: Sequence[BoardRow]) -> Figure:
         mean, colour = row.accuracy or 0.0, ACCENT if row is best else MUTED
         axes.axhline(height, color=GRID, linewidth=0.8, zorder=1)
         if len(row.accuracies) > 1:
-            axes.errorbar(mean, height, xerr=row.spread, color=colour, linewidth=2.2, capsize=4, capthick=1.4, zorder=3)
+            axes.errorbar(mean, height, xerr=row.spread, color=colour, linewidth=2.4, zorder=3)
             axes.plot(
                 row.accuracies, [height - 0.24] * len(row.accuracies), "o", ms=3.6, mew=0, color=colour, alpha=0.55
             )
@@ -71,26 +72,22 @@ def accuracy_against_upload(rows: Sequence[BoardRow]) -> Figure:
     lowest = min(positive, default=1024.0)
     # A logarithmic axis has no zero: methods that upload nothing stand left of all others, on a mark of their own.
     places = [_log2(row.costs["upload_bytes"], lowest) for row in scored]
-    best, front = _best(scored), pareto_front(scored)
+    best, front = leader(scored), pareto_front(scored)
     figure = new_figure(4.6)
     axes = figure.subplots()
     axes.set_xlim(*_pad(min(places), max(places), 0.9))
     axes.set_ylim(*_window([value for row in scored for value in _reach(row)]))
     axes.grid()
     line = sorted((place, row.accuracy or 0.0) for place, row in zip(places, scored, strict=True) if row in front)
-    axes.plot(
-        [*(place for place, _ in line), axes.get_xlim()[1]],
-        [*(accuracy for _, accuracy in line), line[-1][1]],
-        drawstyle="steps-post",
-        color=ACCENT,
-        alpha=0.35,
-        linewidth=2,
-        zorder=1,
-    )
+    steps = _steps(line, axes.get_xlim()[1])
+    axes.plot([x for x, _ in steps], [y for _, y in steps], color=ACCENT, alpha=0.35, linewidth=2, zorder=1)
+    strokes = list(itertools.pairwise(steps))
     for place, row in zip(places, scored, strict=True):
         colour = ACCENT if row in front else MUTED
         if len(row.accuracies) > 1:
-            axes.errorbar(place, row.accuracy or 0.0, yerr=row.spread, color=colour, linewidth=1.4, alpha=0.7, zorder=2)
+            low, high = (row.accuracy or 0.0) - row.spread, (row.accuracy or 0.0) + row.spread
+            axes.plot([place, place], [low, high], color=colour, linewidth=1.4, alpha=0.7, zorder=2)
+            strokes.append(((place, low), (place, high)))
         _dot(axes, place, row.accuracy or 0.0, row, colour)
     _bytes_axis(axes, lowest, any(row.costs["upload_bytes"] < 1 for row in scored))
     _percent_axis(axes, "y")
@@ -101,6 +98,7 @@ def accuracy_against_upload(rows: Sequence[BoardRow]) -> Figure:
         [(place, row.accuracy or 0.0) for place, row in zip(places, scored, strict=True)],
         [shorten(method_title(row.method), 30) for row in scored],
         [ACCENT if row is best else INK for row in scored],
+        strokes,
     )
     return figure
 
@@ -109,7 +107,7 @@ def pareto_front(rows: Sequence[BoardRow]) -> list[BoardRow]:
     """The methods that no other beats: none is at least as accurate with at most as many bytes, and better in one.
 
     Args:
-        rows: of a board; those without an accuracy or an upload size are on no front.
+        rows: of a board; those without an accuracy or an upload size are on no front, nor is training on pooled data.
 
     Example:
         >>> small = BoardRow("small", 0.6, 0.0, (), 1, {"upload_bytes": 10.0}, ())
@@ -121,7 +119,7 @@ def pareto_front(rows: Sequence[BoardRow]) -> list[BoardRow]:
     points = [
         (row.costs["upload_bytes"], -row.accuracy, row)
         for row in rows
-        if row.accuracy is not None and "upload_bytes" in row.costs
+        if row.accuracy is not None and "upload_bytes" in row.costs and base_name(row.method) not in UPPER_BOUND
     ]
     return [
         row
@@ -130,15 +128,17 @@ def pareto_front(rows: Sequence[BoardRow]) -> list[BoardRow]:
     ]
 
 
-def _best(scored: Sequence[BoardRow]) -> BoardRow:
-    # Pooled data is the bound that federation is measured against, so it does not compete.
-    competing = [row for row in scored if base_name(row.method) not in UPPER_BOUND] or list(scored)
-    return max(competing, key=lambda row: row.accuracy or 0.0)
+def _steps(line: Sequence[tuple[float, float]], right: float) -> list[tuple[float, float]]:
+    """Corners of the stairs through the points of a front, on to the right edge."""
+    corners: list[tuple[float, float]] = []
+    for x, y in line:
+        corners += [(x, corners[-1][1]), (x, y)] if corners else [(x, y)]
+    return [*corners, (right, corners[-1][1])] if corners else []
 
 
 def _dot(axes: Axes, x: float, y: float, row: BoardRow, colour: str) -> None:
     hollow = base_name(row.method) in UPPER_BOUND
-    axes.plot([x], [y], "o", ms=9, mew=1.8, mec=colour, mfc="none" if hollow else colour, zorder=4)
+    axes.plot([x], [y], "o", ms=9, mew=1.8, mec=colour, mfc=PAPER if hollow else colour, zorder=4)
 
 
 def _seeded(rows: Sequence[BoardRow]) -> bool:
@@ -153,7 +153,7 @@ def _reach(row: BoardRow) -> list[float]:
 def _window(values: Sequence[float]) -> tuple[float, float]:
     """Limits of an axis of accuracies: the values with some air, inside 0 to 100 %."""
     low, high = _pad(min(values), max(values), 0.03)
-    return max(low, min(0.0, min(values)) - 0.015), min(high, max(1.0, max(values)) + 0.015)
+    return max(low, min(0.0, *values) - 0.015), min(high, max(1.0, *values) + 0.015)
 
 
 def _pad(low: float, high: float, least: float) -> tuple[float, float]:

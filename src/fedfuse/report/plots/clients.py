@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedfuse.report.plots.style import (
@@ -30,14 +30,18 @@ PLOT_IN = WIDTH_IN - 1.0
 
 @in_house_style
 def client_bars(
-    clients: Sequence[ClientRow], missing: Mapping[str, str] | None = None, accuracy: float | None = None
+    clients: Sequence[ClientRow],
+    missing: Mapping[str, str] | None = None,
+    accuracy: float | None = None,
+    accuracy_name: str = "test",
 ) -> Figure:
     """Accuracy and number of examples of each client, one above the other; a cross marks a client without an answer.
 
     Args:
         clients: of a run.
         missing: reason by client id.
-        accuracy: of the fused model on the test set, drawn as a line; ``None`` draws none.
+        accuracy: of the whole run, drawn as a line; ``None`` draws none.
+        accuracy_name: what the line is called, one word.
     """
     rows = {client.name: client for client in clients}
     names = sorted({*rows, *(missing or {})}, key=natural_key)
@@ -49,20 +53,17 @@ def client_bars(
     figure = new_figure(4.6 if scores else 2.6)
     if scores:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
-        _bars(top, names, scores, ACCENT, lambda value: format_percent(value, 0))
-        top.set_ylim(0, 1.12)
+        _bars(top, names, scores, ACCENT, lambda value: format_percent(value, 0), accuracy)
+        top.set_ylim(0, 1.17)
         top.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
         top.set_title("accuracy: " + (", ".join(kinds) if kinds else "one bar a client"))
         if accuracy is not None:
             top.axhline(accuracy, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=3)
             top.annotate(
-                f"all: {format_percent(accuracy)}",
-                (1, accuracy),
-                (0, 4 if accuracy < 0.95 else -4),
+                f"{accuracy_name}\n{format_percent(accuracy)}",
+                (1.008, accuracy),
                 xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                va="bottom" if accuracy < 0.95 else "top",
+                va="center",
                 fontsize=9.5,
             )
         top.tick_params(labelbottom=False)
@@ -81,13 +82,22 @@ def client_bars(
     return figure
 
 
-def _bars(axes: Axes, names: Sequence[str], values: Mapping[str, float], colour: str, written: object) -> None:
+def _bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Mapping[str, float],
+    colour: str,
+    written: Callable[[float], str],
+    line: float | None = None,
+) -> None:
     places = [index for index, name in enumerate(names) if name in values]
     heights = [values[names[index]] for index in places]
     axes.bar(places, heights, width=min(0.72, 0.12 * len(names)) if len(names) < 6 else 0.72, color=colour)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y")
-    if len(names) <= MOST_NUMBERS and callable(written):
+    if len(names) <= MOST_NUMBERS:
         for place, height in zip(places, heights, strict=True):
-            axes.annotate(written(height), (place, height), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+            # A number that the line would strike through stands above the line.
+            foot = line if line is not None and height - 0.02 <= line <= height + 0.14 else height
+            axes.annotate(written(height), (place, foot), (0, 3), textcoords="offset points", ha="center", fontsize=9)

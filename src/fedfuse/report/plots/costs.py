@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedfuse.report.plots.style import ACCENT, QUIET, empty_picture, in_house_style, new_figure
 from fedfuse.report.reading import BoardRow, ExchangeRow
 from fedfuse.report.units import format_bytes, format_seconds, shorten
-from fedfuse.report.wording import method_title
+from fedfuse.report.wording import leader, method_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ MOST_EXCHANGES = 24
 
 @in_house_style
 def cost_bars(rows: Sequence[BoardRow]) -> Figure:
-    """Bytes and seconds of each method, a panel for each kind of cost.
+    """Bytes and seconds of each method, a panel for each kind of cost; the most accurate method stands out.
 
     Args:
         rows: of a board, drawn from top to bottom in this order.
@@ -40,8 +40,10 @@ def cost_bars(rows: Sequence[BoardRow]) -> Figure:
     figure = new_figure(num_rows * (0.3 * len(rows) + 0.6) + 0.15)
     grid = figure.subplots(num_rows, columns, sharey=True, squeeze=False)
     names = [shorten(method_title(row.method), 22) for row in rows]
+    best = leader(rows)
+    colours = [ACCENT if row is best else QUIET for row in rows]
     for axes, (key, title, written) in zip(grid.ravel(), panels, strict=False):
-        _bars(axes, names, [row.costs.get(key) for row in rows], written, ACCENT if key == "upload_bytes" else QUIET)
+        _bars(axes, names, [row.costs.get(key) for row in rows], written, colours)
         axes.set_title(title, fontweight="normal")
     for axes in grid.ravel()[len(panels) :]:
         axes.remove()
@@ -62,8 +64,8 @@ def exchange_bars(exchanges: Sequence[ExchangeRow]) -> Figure:
     figure = new_figure(0.32 * len(shown) + 0.75)
     left, right = figure.subplots(1, 2, sharey=True)
     names = [shorten(row.name, 24) for row in shown]
-    _bars(left, names, [row.upload_bytes / max(row.num_clients, 1) for row in shown], format_bytes, ACCENT)
-    _bars(right, names, [row.download_bytes / max(row.num_clients, 1) for row in shown], format_bytes, QUIET)
+    _bars(left, names, [row.upload_bytes / max(row.num_clients, 1) for row in shown], format_bytes, [ACCENT])
+    _bars(right, names, [row.download_bytes / max(row.num_clients, 1) for row in shown], format_bytes, [QUIET])
     left.set_title("upload per client", fontweight="normal")
     right.set_title("download per client", fontweight="normal")
     return figure
@@ -74,10 +76,10 @@ def _bars(
     names: Sequence[str],
     values: Sequence[float | None],
     written: Callable[[float | None], str],
-    colour: str,
+    colours: Sequence[str],
 ) -> None:
     lengths = [value or 0.0 for value in values]
-    axes.barh(range(len(names)), lengths, height=0.62, color=colour)
+    axes.barh(range(len(names)), lengths, height=0.62, color=colours)
     axes.set_ylim(len(names) - 0.45, -0.55)
     # The numbers stand to the right of the bars, so the longest leaves room for its own.
     axes.set_xlim(0, max([*lengths, 1e-12]) * 1.55)

@@ -45,8 +45,8 @@ def learning_curves(curves: Sequence[Curve], name: str = "train_loss") -> Figure
     shown = shown_exchanges(exchanges)
     clients = sorted({curve.client for curve in chosen}, key=natural_key)
     colours = dict(zip(clients, PALETTE, strict=False)) if len(clients) <= len(PALETTE) else {}
-    columns = min(len(shown), PANELS_A_ROW)
-    num_rows = -(-len(shown) // columns)
+    num_rows = -(-len(shown) // PANELS_A_ROW)
+    columns = -(-len(shown) // num_rows)
     figure = new_figure(2.25 * num_rows + 0.75, WIDTH_IN if columns > 1 else 5.6)
     panels = figure.subplots(num_rows, columns, sharey=True, squeeze=False).ravel()
     for panel, exchange in zip(panels, shown, strict=False):

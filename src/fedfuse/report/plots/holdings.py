@@ -47,8 +47,8 @@ def who_holds_what(label_counts: Mapping[str, Sequence[float]], class_names: Seq
     draw_holdings(matrix, counts, MATRIX_IN / len(names), row_in)
     category_ticks(matrix, "x", names, MATRIX_IN / len(names), longest=14)
     category_ticks(matrix, "y", clients, row_in)
-    matrix.set_xlabel(f"class · {'area' if few and len(names) <= MOST_BUBBLES else 'shade'}: training examples, at most "
-                      f"{format_count(counts.max())} in one place")  # fmt: skip
+    look = "area" if max(counts.shape) <= MOST_BUBBLES else "shade"
+    matrix.set_xlabel(f"class · {look}: training examples, at most {format_count(counts.max())} in one place")
 
     sums = counts.sum(axis=1)
     totals.barh(range(len(clients)), sums, height=0.62 if few else 0.9, color=QUIET)

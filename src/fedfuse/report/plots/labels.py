@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Box = tuple[float, float, float, float]
+Point = tuple[float, float]
 # Near before far, right before left: where a reader looks for a label first.
 _ANGLES_DEG = (0, 180, 90, -90, 35, -35, 145, -145, 65, -65, 115, -115)
 _RADII_PX = (11.0, 19.0, 30.0, 44.0, 62.0, 84.0, 110.0)
 
 
 def place_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colours: Sequence[str]
+    axes: Axes,
+    points: Sequence[Point],
+    texts: Sequence[str],
+    colours: Sequence[str],
+    strokes: Sequence[tuple[Point, Point]] = (),
 ) -> list[Box]:
     """Write a label beside each point; one that had to move away gets a thin line to its point.
 
@@ -27,6 +32,7 @@ def place_labels(
         points: in data coordinates.
         texts: one per point.
         colours: one per point.
+        strokes: upright or level lines that labels should keep off, from point to point in data coordinates.
 
     Returns:
         Where the labels stand: left, bottom, right, top in pixels. They are free of overlaps as far as there is room.
@@ -41,6 +47,10 @@ def place_labels(
     frame = axes.get_window_extent(renderer)
     places = [(float(x), float(y)) for x, y in axes.transData.transform(list(points))]
     taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    lines: list[Box] = []
+    for stroke in strokes:
+        (x0, y0), (x1, y1) = axes.transData.transform(list(stroke))
+        lines.append((min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2))
     boxes: list[Box] = [(0.0, 0.0, 0.0, 0.0)] * len(points)
     # From the top down: the eye reads the best methods first, so they get the best places.
     for index in sorted(range(len(points)), key=lambda i: (-places[i][1], places[i][0])):
@@ -51,7 +61,7 @@ def place_labels(
         width, height = extent.width + 2, extent.height + 2
         options = [_beside(x, y, width, height, angle, radius) for radius in _RADII_PX for angle in _ANGLES_DEG]
         inside = [box for box in options if _within(box, (frame.x0, frame.y0, frame.x1, frame.y1))] or options
-        box = min(inside, key=lambda option: (_covered(option, taken), inside.index(option)))
+        box = min(inside, key=lambda option: _cost(option, taken, lines, (x, y)))
         taken.append(box)
         boxes[index] = box
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
@@ -92,5 +102,9 @@ def _within(box: Box, frame: Box) -> bool:
     return box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
 
 
-def _covered(box: Box, taken: Sequence[Box]) -> float:
-    return sum(overlap(box, other) for other in taken)
+def _cost(box: Box, taken: Sequence[Box], lines: Sequence[Box], point: Point) -> float:
+    """What is wrong with a place: above all letters on letters, then letters on lines, then being far away."""
+    far = math.dist(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), point)
+    covered = sum(overlap(box, other) for other in taken)
+    struck = sum(overlap(box, line) for line in lines)
+    return 1000 * covered + 3 * struck + far

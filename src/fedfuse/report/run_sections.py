@@ -1,0 +1,105 @@
+"""What the page of a run shows."""
+
+from __future__ import annotations
+
+from fedfuse.report import plots
+from fedfuse.report.layout import Gallery, Section, SortableTable
+from fedfuse.report.reading import Run
+from fedfuse.report.shared_sections import (
+    EXCHANGE_COLUMNS,
+    client_picture,
+    client_words,
+    confusion_picture,
+    curve_pictures,
+    exchange_rows,
+    facts_of,
+    holdings_section,
+    journal_words,
+    origin_sections,
+)
+from fedfuse.report.units import DASH, format_bytes, format_count, format_seconds, number
+from fedfuse.report.wording import score
+
+
+def run_tiles(run: Run) -> list[tuple[str, str]]:
+    """Name and value of the few numbers at the top of a run's page.
+
+    Args:
+        run: the run.
+    """
+    known = {client.name for client in run.clients} | set(run.missing)
+    answered = len(known) - len(run.missing)
+    costs = run.costs
+    tiles = [
+        ("mean test accuracy" if run.personal else "test accuracy", score(run.accuracy)),
+        ("upload per client", format_bytes(costs.get("upload_bytes"))),
+        ("exchanges", format_count(costs.get("exchanges"))),
+        ("clients", f"{answered} of {len(known)}" if run.missing else str(len(known)) if known else DASH),
+        ("size of the result", format_bytes(costs.get("artifact_bytes"))),
+        ("client time, all", format_seconds(costs.get("client_seconds"))),
+    ]
+    return [(name, value) for name, value in tiles if value != DASH]
+
+
+def run_sections(run: Run, gallery: Gallery) -> list[Section]:
+    """The sections of a run's page.
+
+    Args:
+        run: the run.
+        gallery: where pictures go.
+    """
+    sections = [holdings_section(run, gallery)]
+    if run.clients or run.missing:
+        sections.append(
+            Section("clients", "Client by client", client_words(run), [client_picture(run, gallery, "clients")])
+        )
+    if run.confusion:
+        text = "A row is a class, its cells say how its test examples were named: the diagonal is right."
+        sections.append(
+            Section("confusion", "Which classes are confused", text, [confusion_picture(run, gallery, "confusion")])
+        )
+    curves = curve_pictures(run, gallery, "curves")
+    if curves:
+        sections.append(
+            Section("curves", "How the clients learnt", "One line a client, one panel an exchange.", curves)
+        )
+    sections += [
+        Section("costs", "What it cost", "Bytes are encoded sizes, as sent.", facts=_cost_facts(run)),
+        _left(run, gallery),
+    ]
+    if run.facts:
+        sections.append(Section("facts", "What the method reports", facts=facts_of(run.facts)))
+    return [section for section in [*sections, *origin_sections(run.config, run.versions, "")] if section is not None]
+
+
+def _cost_facts(run: Run) -> list[tuple[str, str]]:
+    costs = run.costs
+    facts = [
+        ("uploaded per client", format_bytes(costs.get("upload_bytes"))),
+        ("uploaded by all clients", format_bytes(costs.get("upload_bytes_total"))),
+        ("downloaded per client", format_bytes(costs.get("download_bytes"))),
+        ("downloaded by all clients", format_bytes(costs.get("download_bytes_total"))),
+        ("exchanges", format_count(costs.get("exchanges"))),
+        ("server storage, peak", format_bytes(costs.get("storage_bytes"))),
+        ("size of the result", format_bytes(costs.get("artifact_bytes"))),
+        ("parameters of the result", format_count(number(run.artifact.get("num_parameters")))),
+        ("client time, all clients", format_seconds(costs.get("client_seconds"))),
+        ("server time", format_seconds(costs.get("server_seconds"))),
+        ("memory of a process, peak", format_bytes(costs.get("peak_rss_bytes"))),
+        ("digest of the result", str(run.artifact.get("digest") or DASH)),
+    ]
+    return [(name, value) for name, value in facts if value != DASH]
+
+
+def _left(run: Run, gallery: Gallery) -> Section | None:
+    if not run.exchanges:
+        return None
+    rows = exchange_rows(run)
+    picture = (
+        [gallery.hang("exchanges", plots.exchange_bars(run.exchanges), "Bytes up and down of each exchange.")]
+        if len(run.exchanges) > 1
+        else []
+    )
+    return Section(
+        "left", "What left the clients", journal_words([run]), picture, SortableTable(EXCHANGE_COLUMNS, rows)
+    )

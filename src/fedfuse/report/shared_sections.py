@@ -1,0 +1,173 @@
+"""Sections and pictures that the page of a run and that of a comparison have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedfuse.report import plots
+from fedfuse.report.layout import Cell, Gallery, Row, Section, cell
+from fedfuse.report.reading import ExchangeRow, Run
+from fedfuse.report.units import format_bytes, format_count, format_percent, format_seconds, shorten
+from fedfuse.report.wording import method_title
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+MOST_EXCHANGES = 12
+MOST_QUANTITIES = 3
+EXCHANGE_COLUMNS = ("exchange", "clients", "upload per client", "download per client", "upload, all", "client time")
+
+
+def holdings_section(run: Run, gallery: Gallery, text: str = "") -> Section | None:
+    """Who holds what; ``None`` where the run does not say.
+
+    Args:
+        run: the run.
+        gallery: where the picture goes.
+        text: said besides.
+    """
+    counts = {client.name: client.label_counts for client in run.clients if client.label_counts}
+    if not counts:
+        return None
+    totals = [sum(row) for row in counts.values()]
+    described = (
+        f"Training examples of {len(counts)} clients over {len(run.class_names)} classes; "
+        f"a client holds {format_count(min(totals))} to {format_count(max(totals))}."
+    )
+    picture = gallery.hang("who-holds-what", plots.who_holds_what(counts, run.class_names), described)
+    return Section("holdings", "Who holds what", " ".join(part for part in (described, text) if part), [picture])
+
+
+def client_words(run: Run) -> str:
+    """From where to where the clients' accuracies run, and why some clients gave no answer.
+
+    Args:
+        run: the run.
+    """
+    scores = [client.accuracy for client in run.clients if client.accuracy is not None]
+    text = "" if not scores else f"Accuracies run from {format_percent(min(scores))} to {format_percent(max(scores))}."
+    reasons = "; ".join(f"{name}: {shorten(reason, 160)}" for name, reason in list(run.missing.items())[:8])
+    more = f" and {len(run.missing) - 8} more" if len(run.missing) > 8 else ""
+    return f"{text} {f'Without an answer: {reasons}{more}.' if reasons else ''}".strip()
+
+
+def client_picture(run: Run, gallery: Gallery, name: str) -> Markup:
+    """Accuracy and size of each client.
+
+    Args:
+        run: the run.
+        gallery: where the picture goes.
+        name: of the picture.
+    """
+    title = method_title(run.method)
+    described = f"Accuracy and number of training examples of each client of {title}. {client_words(run)}".strip()
+    # Without a fused model there is no confusion matrix, and the run's accuracy is the mean over the clients' own.
+    mean = run.personal and not run.confusion
+    figure = plots.client_bars(run.clients, run.missing, run.accuracy, "mean" if mean else "test")
+    return gallery.hang(name, figure, described)
+
+
+def confusion_picture(run: Run, gallery: Gallery, name: str) -> Markup:
+    """The confusion matrix.
+
+    Args:
+        run: the run.
+        gallery: where the picture goes.
+        name: of the picture.
+    """
+    lines = zip(run.confusion, run.class_names, strict=False)
+    right = [(line[index] / sum(line), label) for index, (line, label) in enumerate(lines) if sum(line) > 0]
+    worst = f" The hardest class is {min(right)[1]}, right in {format_percent(min(right)[0])}." if right else ""
+    described = f"Confusion matrix of {method_title(run.method)} over {len(run.confusion)} classes.{worst}"
+    return gallery.hang(name, plots.confusion_matrix(run.confusion, run.class_names), described)
+
+
+def curve_pictures(run: Run, gallery: Gallery, name: str) -> list[Markup]:
+    """Learning curves, a picture for each quantity: the training loss, then scores, then other losses.
+
+    Args:
+        run: the run.
+        gallery: where the pictures go.
+        name: the beginning of theirs.
+    """
+    kinds = sorted({curve.name for curve in run.curves}, key=lambda kind: (kind != "train_loss", "loss" in kind, kind))
+    pictures = []
+    for kind in kinds[:MOST_QUANTITIES]:
+        described = f"{kind.replace('_', ' ')} over the epochs, by client and exchange."
+        pictures.append(gallery.hang(f"{name}-{kind}", plots.learning_curves(run.curves, kind), described))
+    return pictures
+
+
+def exchange_rows(run: Run, prefix: str = "") -> list[Row]:
+    """Lines of a table of exchanges, in order of asking; those of many rounds are summed up after the first.
+
+    Args:
+        run: the run.
+        prefix: stands before each exchange's name.
+    """
+    shown, rest = run.exchanges[:MOST_EXCHANGES], run.exchanges[MOST_EXCHANGES:]
+    rows = [_exchange_row(prefix + shorten(row.name, 60), [row]) for row in shown]
+    return [*rows, _exchange_row(f"{prefix}… and {len(rest)} more, together", rest)] if rest else rows
+
+
+def _exchange_row(name: str, exchanges: Sequence[ExchangeRow]) -> Row:
+    return Row(
+        [
+            Cell(name),
+            cell(max(row.num_clients for row in exchanges), format_count),
+            cell(sum(row.upload_bytes / max(row.num_clients, 1) for row in exchanges), format_bytes),
+            cell(sum(row.download_bytes / max(row.num_clients, 1) for row in exchanges), format_bytes),
+            cell(sum(row.upload_bytes for row in exchanges), format_bytes),
+            cell(sum(row.seconds for row in exchanges), format_seconds),
+        ]
+    )
+
+
+def journal_words(runs: Sequence[Run]) -> str:
+    """How bytes are counted, and how many answers were there already.
+
+    Args:
+        runs: those on the page.
+    """
+    text = "Everything that crossed, by encoded size."
+    reused = sum(row.num_from_journal for run in runs for row in run.exchanges)
+    if reused:
+        answers = "1 answer was" if reused == 1 else f"{format_count(reused)} answers were"
+        text += f" {answers} in the journal already and counted as if given now."
+    return text
+
+
+def origin_sections(config: Mapping[str, Any], versions: Mapping[str, Any], text: str) -> list[Section | None]:
+    """The configuration as YAML, and the versions.
+
+    Args:
+        config: resolved; empty leaves its section out.
+        versions: of the software; empty leaves its section out.
+        text: said of the configuration.
+    """
+    import yaml
+
+    code = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100) if config else ""
+    return [
+        Section("configuration", "Configuration", text, code=code) if code else None,
+        Section("versions", "Versions", facts=facts_of(versions)) if versions else None,
+    ]
+
+
+def facts_of(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A table of numbers, words and lists as names and texts.
+
+    Args:
+        table: as it is in JSON.
+    """
+    return [(name.replace("_", " "), _fact(value)) for name, value in table.items()]
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return format_count(value)
+    return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 300)
