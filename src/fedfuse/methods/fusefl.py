@@ -52,11 +52,13 @@ class FuseFL(Method):
         - The head is made by LDA from the pooled moments on all columns' features by default; the paper calibrates
           the averaged heads (``head: {kind: calibrated}``). Measured better at the same bytes, see the card.
         - BatchNorm of frozen blocks runs in evaluation mode; the official code lets each client move it.
+        - Adaptors travel in bfloat16.
         - Frozen features are computed once per exchange where there is no augmentation.
 
     Args:
         num_blocks: K in the paper, at least 1.
         adaptor: ``conv1x1``, ``mean``, or ``attention`` over the clients' features at each position.
+        adaptor_dtype: in what adaptors travel; ``bf16`` halves their bytes.
         local: how clients train; ``num_epochs`` is divided over the K exchanges.
         head: how the head is made.
         width: ``own`` cuts each client's model as it is; ``match`` narrows the model until the whole fused network has
@@ -70,6 +72,7 @@ class FuseFL(Method):
 
     num_blocks: int = 4
     adaptor: Literal["conv1x1", "mean", "attention"] = "conv1x1"
+    adaptor_dtype: Literal["bf16", "fp32"] = "bf16"
     local: LocalSGD = field(default_factory=LocalSGD)
     head: Head = field(default_factory=Head)
     width: Literal["own", "match"] | int = "own"
@@ -97,7 +100,7 @@ class FuseFL(Method):
             "num_examples": "number of training examples",
             "curve/*": "training loss and validation scores per epoch",
         },
-        settings=(*CUT, "adaptor", "local", "feature_dropout", "frozen_batchnorm"),
+        settings=(*CUT, "adaptor", "adaptor_dtype", "local", "feature_dropout", "frozen_batchnorm"),
         state=True,
     )
     def train_block(self, client: Client, msg: Payload) -> Payload:
@@ -120,7 +123,7 @@ class FuseFL(Method):
         upload = Payload({"num_examples": len(client.data.train)})
         upload.put_group("block", detached_state(blocks[0])).put_group("curve", curves)
         if stage.adaptor is not None:
-            upload.put_group("adaptor", detached_state(stage.adaptor))
+            upload.put_group("adaptor", {n: t.to(self._dtype) for n, t in detached_state(stage.adaptor).items()})
         if level == self.num_blocks - 1:
             upload.put_group("head", detached_state(head))
         for key in [key for key in client.state if key.startswith(("own/", "head/"))]:
@@ -234,6 +237,10 @@ class FuseFL(Method):
     def _pieces(self, spec: ModelSpec) -> Pieces:
         return cut_spec(spec, self.num_blocks, balance=self.balance, points=self.points)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.adaptor_dtype == "bf16" else torch.float32
+
     def _adaptor(self, level: int, spec: ModelSpec, known: Mapping[str, Any]) -> Adaptor | None:
         if level == 0:
             return None
@@ -275,7 +282,7 @@ class FuseFL(Method):
             wanted: dict[str, Any] = {f"block/{n}": t for n, t in pieces.blocks[k].state_dict().items()}
             adaptor = self._adaptor(k, spec, known)
             if adaptor is not None:
-                wanted.update({f"adaptor/{n}": t for n, t in adaptor.state_dict().items()})
+                wanted.update({f"adaptor/{n}": t.to(self._dtype) for n, t in adaptor.state_dict().items()})
             if k == self.num_blocks - 1:
                 wanted.update({f"head/{n}": t for n, t in pieces.head.state_dict().items()})
             return {**wanted, "num_examples": int}

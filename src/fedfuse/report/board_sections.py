@@ -27,6 +27,7 @@ from fedfuse.report.wording import UPPER_BOUND, base_name, leader, method_title,
 FirstRuns = Sequence[tuple[BoardRow, Run]]
 
 MOST_DETAILED = 12
+MOST_EXCHANGES = 6
 COST_COLUMNS = (
     "method",
     "accuracy",
@@ -55,8 +56,8 @@ def board_tiles(board: Board, runs: FirstRuns) -> list[tuple[str, str]]:
     tiles = [
         (f"best: {shorten(method_title(best.method), 22)}" if best else "", score(best.accuracy) if best else DASH),
         ("its client upload", format_bytes(best.costs.get("upload_bytes")) if best else DASH),
-        ("methods", str(len(board.rows))),
-        ("seeds", str(len(board.seeds)) if board.seeds else DASH),
+        ("method" if len(board.rows) == 1 else "methods", str(len(board.rows))),
+        ("seed" if len(board.seeds) == 1 else "seeds", str(len(board.seeds)) if board.seeds else DASH),
         ("clients", str(num_clients) if num_clients else DASH),
         ("compute time", format_seconds(sum(seconds)) if any(seconds) else DASH),
     ]
@@ -152,7 +153,8 @@ def _board_costs(board: Board, folder: Path, gallery: Gallery) -> Section:
     for row in board.ranked:
         costs = row.costs
         cells = [
-            Cell(method_title(row.method)),
+            # A long label may break before its settings.
+            Cell(method_title(row.method).replace("[", "\u200b[")),
             Cell(score(row.accuracy, _spread(row)), "" if row.accuracy is None else repr(row.accuracy)),
             cell(costs.get("upload_bytes"), format_bytes),
             cell(costs.get("download_bytes"), format_bytes),
@@ -173,7 +175,7 @@ def _board_costs(board: Board, folder: Path, gallery: Gallery) -> Section:
 
 
 def _board_left(runs: FirstRuns) -> Section | None:
-    rows = [line for row, run in runs for line in exchange_rows(run, f"{method_title(row.method)}: ")]
+    rows = [line for row, run in runs for line in exchange_rows(run, MOST_EXCHANGES, f"{method_title(row.method)}: ")]
     if not rows:
         return None
     text = journal_words([run for _, run in runs])

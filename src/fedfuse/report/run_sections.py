@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedfuse.report import plots
 from fedfuse.report.layout import Gallery, Section, SortableTable
+from fedfuse.report.plots.curves import shown_exchanges
 from fedfuse.report.reading import Run
 from fedfuse.report.shared_sections import (
     EXCHANGE_COLUMNS,
@@ -20,6 +23,8 @@ from fedfuse.report.shared_sections import (
 from fedfuse.report.units import DASH, format_bytes, format_count, format_seconds, number
 from fedfuse.report.wording import score
 
+MOST_EXCHANGES = 20
+
 
 def run_tiles(run: Run) -> list[tuple[str, str]]:
     """Name and value of the few numbers at the top of a run's page.
@@ -31,8 +36,8 @@ def run_tiles(run: Run) -> list[tuple[str, str]]:
     answered = len(known) - len(run.missing)
     costs = run.costs
     tiles = [
-        ("mean test accuracy" if run.personal else "test accuracy", score(run.accuracy)),
-        ("upload per client", format_bytes(costs.get("upload_bytes"))),
+        ("mean accuracy" if run.personal else "test accuracy", score(run.accuracy)),
+        ("client upload", format_bytes(costs.get("upload_bytes"))),
         ("exchanges", format_count(costs.get("exchanges"))),
         ("clients", f"{answered} of {len(known)}" if run.missing else str(len(known)) if known else DASH),
         ("size of the result", format_bytes(costs.get("artifact_bytes"))),
@@ -50,19 +55,17 @@ def run_sections(run: Run, gallery: Gallery) -> list[Section]:
     """
     sections = [holdings_section(run, gallery)]
     if run.clients or run.missing:
-        sections.append(
-            Section("clients", "Client by client", client_words(run), [client_picture(run, gallery, "clients")])
-        )
+        picture = client_picture(run, gallery, "clients")
+        sections.append(Section("clients", "Client by client", client_words(run), [picture]))
     if run.confusion:
         text = "A row is a class, its cells say how its test examples were named: the diagonal is right."
-        sections.append(
-            Section("confusion", "Which classes are confused", text, [confusion_picture(run, gallery, "confusion")])
-        )
+        picture = confusion_picture(run, gallery, "confusion")
+        sections.append(Section("confusion", "Which classes are confused", text, [picture]))
     curves = curve_pictures(run, gallery, "curves")
     if curves:
-        sections.append(
-            Section("curves", "How the clients learnt", "One line a client, one panel an exchange.", curves)
-        )
+        text = "One line a client, one panel an exchange."
+        exchanges = list(dict.fromkeys(curve.exchange for curve in run.curves))
+        sections.append(Section("curves", "How the clients learnt", text + _drawn(exchanges), curves))
     sections += [
         Section("costs", "What it cost", "Bytes are encoded sizes, as sent.", facts=_cost_facts(run)),
         _left(run, gallery),
@@ -94,12 +97,16 @@ def _cost_facts(run: Run) -> list[tuple[str, str]]:
 def _left(run: Run, gallery: Gallery) -> Section | None:
     if not run.exchanges:
         return None
-    rows = exchange_rows(run)
-    picture = (
-        [gallery.hang("exchanges", plots.exchange_bars(run.exchanges), "Bytes up and down of each exchange.")]
-        if len(run.exchanges) > 1
-        else []
-    )
-    return Section(
-        "left", "What left the clients", journal_words([run]), picture, SortableTable(EXCHANGE_COLUMNS, rows)
-    )
+    pictures = []
+    if len(run.exchanges) > 1:
+        described = "Bytes up and down of each exchange; the table holds the numbers."
+        pictures.append(gallery.hang("exchanges", plots.exchange_bars(run.exchanges), described))
+    text = journal_words([run]) + _drawn([row.name for row in run.exchanges])
+    table = SortableTable(EXCHANGE_COLUMNS, exchange_rows(run, MOST_EXCHANGES))
+    return Section("left", "What left the clients", text, pictures, table)
+
+
+def _drawn(exchanges: Sequence[str]) -> str:
+    """Says so where a picture leaves exchanges out."""
+    num_shown = len(shown_exchanges(exchanges))
+    return f" Of {len(exchanges)} exchanges {num_shown} are drawn." if num_shown < len(exchanges) else ""

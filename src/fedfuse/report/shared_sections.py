@@ -15,7 +15,6 @@ from fedfuse.report.wording import method_title
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-MOST_EXCHANGES = 12
 MOST_QUANTITIES = 3
 EXCHANGE_COLUMNS = ("exchange", "clients", "upload per client", "download per client", "upload, all", "client time")
 
@@ -100,14 +99,15 @@ def curve_pictures(run: Run, gallery: Gallery, name: str) -> list[Markup]:
     return pictures
 
 
-def exchange_rows(run: Run, prefix: str = "") -> list[Row]:
+def exchange_rows(run: Run, most: int, prefix: str = "") -> list[Row]:
     """Lines of a table of exchanges, in order of asking; those of many rounds are summed up after the first.
 
     Args:
         run: the run.
+        most: exchanges with a line of their own, at least 1.
         prefix: stands before each exchange's name.
     """
-    shown, rest = run.exchanges[:MOST_EXCHANGES], run.exchanges[MOST_EXCHANGES:]
+    shown, rest = run.exchanges[:most], run.exchanges[most:]
     rows = [_exchange_row(prefix + shorten(row.name, 60), [row]) for row in shown]
     return [*rows, _exchange_row(f"{prefix}… and {len(rest)} more, together", rest)] if rest else rows
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLUMNS = ("method", "accuracy", "upload", "download", "exchanges", "storage", "client time", "server time")
+WIDE_COLUMNS = 110
 
 
 def print_result(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -69,13 +70,19 @@ def print_board(board: Mapping[str, Any], console: Console | None = None) -> Non
     from rich.table import Table
 
     console = console or Console()
+    # In a narrow terminal both times become one column, so that no number is cut.
+    narrow = console.width < WIDE_COLUMNS
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_column(COLUMNS[0], overflow="fold")
+    for name in (*COLUMNS[1:-2], "time") if narrow else COLUMNS[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
     rows = parse_board(board).ranked
     best = leader(rows)
     for row in rows:
         cells = [escape(cell) for cell in board_cells(row)]
+        if narrow:
+            clocks = [row.costs[name] for name in ("client_seconds", "server_seconds") if name in row.costs]
+            cells[-2:] = [format_seconds(sum(clocks) if clocks else None)]
         if row is best:
             cells[1] = f"[bold]{cells[1]}[/bold]"
         table.add_row(*cells)

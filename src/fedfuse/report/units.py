@@ -39,7 +39,7 @@ def format_bytes(num_bytes: float | None) -> str:
     # 1023.9 KiB would be printed as 1024 KiB: it is 1 MiB to a reader.
     while round(size) >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
-    text = f"{size:.0f}" if units[0] == "B" or size >= 99.95 else f"{size:.1f}".removesuffix(".0")
+    text = f"{size:.0f}" if size.is_integer() or units[0] == "B" or size >= 99.95 else f"{size:.1f}"
     return f"{text} {units[0]}"
 
 

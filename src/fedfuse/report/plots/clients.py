@@ -95,9 +95,10 @@ def _bars(
     axes.bar(places, heights, width=min(0.72, 0.12 * len(names)) if len(names) < 6 else 0.72, color=colour)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="y")
-    if len(names) <= MOST_NUMBERS:
+    if len(names) > MOST_NUMBERS:
+        axes.grid(axis="y")
+    else:
         for place, height in zip(places, heights, strict=True):
             # A number that the line would strike through stands above the line.
-            foot = line if line is not None and height - 0.02 <= line <= height + 0.14 else height
+            foot = max(line, height) if line is not None and line <= height + 0.14 else height
             axes.annotate(written(height), (place, foot), (0, 3), textcoords="offset points", ha="center", fontsize=9)

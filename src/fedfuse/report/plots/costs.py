@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from fedfuse.report.plots.curves import shown_exchanges
 from fedfuse.report.plots.style import ACCENT, QUIET, empty_picture, in_house_style, new_figure
 from fedfuse.report.reading import BoardRow, ExchangeRow
 from fedfuse.report.units import format_bytes, format_seconds, shorten
@@ -22,7 +23,6 @@ PANELS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("client_seconds", "client time, all clients", format_seconds),
     ("server_seconds", "server time", format_seconds),
 )
-MOST_EXCHANGES = 24
 
 
 @in_house_style
@@ -55,12 +55,12 @@ def exchange_bars(exchanges: Sequence[ExchangeRow]) -> Figure:
     """Bytes up and down of each exchange, as means over the clients that took part.
 
     Args:
-        exchanges: of a run; of very many, the largest are shown.
+        exchanges: of a run; of many some are shown, the first and the last among them.
     """
     if not exchanges:
         return empty_picture("The ledger of this run is not there.")
-    largest = sorted(exchanges, key=lambda row: -row.upload_bytes - row.download_bytes)[:MOST_EXCHANGES]
-    shown = [row for row in exchanges if row in largest]
+    chosen = set(shown_exchanges([row.name for row in exchanges]))
+    shown = [row for row in exchanges if row.name in chosen]
     figure = new_figure(0.32 * len(shown) + 0.75)
     left, right = figure.subplots(1, 2, sharey=True)
     names = [shorten(row.name, 24) for row in shown]

@@ -96,8 +96,16 @@ def _panel(axes: Axes, curves: Sequence[Curve], colours: dict[str, str]) -> None
     for curve in curves:
         epochs = range(1, len(curve.values) + 1)
         colour = colours.get(curve.client, QUIET)
-        thin = 1.6 if colours else 0.8
-        axes.plot(epochs, curve.values, color=colour, linewidth=thin, marker="o" if longest == 1 else "", ms=5)
+        thin, opacity = (1.6, 1.0) if colours else (0.8, 0.55)
+        axes.plot(
+            epochs,
+            curve.values,
+            color=colour,
+            linewidth=thin,
+            alpha=opacity,
+            marker="o" if longest == 1 else "",
+            ms=5,
+        )
     if not colours:
         table = np.full((len(curves), longest), np.nan)
         for index, curve in enumerate(curves):
