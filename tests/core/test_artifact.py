@@ -134,7 +134,10 @@ FIX = "\n  fix:   use weights of the same architecture"
     ("state", "text"),
     [
         ({}, "missing ['bias', 'weight'], unexpected nothing"),
-        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "z": torch.zeros(1)}, "missing nothing, unexpected ['z']"),
+        (
+            {"weight": torch.zeros(3, 2), "bias": torch.zeros(3), "z": torch.zeros(1)},
+            "missing nothing, unexpected ['z']",
+        ),
         ({"weight": torch.zeros(3, 2), "b": torch.zeros(3)}, "missing ['bias'], unexpected ['b']"),
         ({"weight": torch.zeros(3, 1), "bias": torch.zeros(3)}, '"weight" has shape (3, 1), wanted (3, 2)'),
         (

@@ -39,7 +39,7 @@ class Toy(Method):
         if self.mode == "no payload":
             return {"n": 1}  # type: ignore[return-value]
         if self.mode == "bug":
-            return Payload({"n": [][0]})
+            return Payload({"n": int("three")})
         if self.mode == "friendly":
             raise DataError("there is nothing to learn from", where="shelf 3", fix="bring data")
         if self.mode == "exit":
@@ -107,21 +107,27 @@ def test_progress_is_told() -> None:
     [
         (
             "undeclared setting",
-            'the task "work" reads the setting "hidden" that it did not declare\n'
-            f"  where: {__name__}.Toy\n"
-            '  fix:   add "hidden" to @client_task(settings=...)',
+            (
+                'the task "work" reads the setting "hidden" that it did not declare\n'
+                f"  where: {__name__}.Toy\n"
+                '  fix:   add "hidden" to @client_task(settings=...)'
+            ),
         ),
         (
             "undeclared key",
-            'the task "work" uploads "secret" that it did not declare\n'
-            "  where: client_test\n"
-            "  fix:   add it to @client_task(uploads=...) or do not send it",
+            (
+                'the task "work" uploads "secret" that it did not declare\n'
+                "  where: client_test\n"
+                "  fix:   add it to @client_task(uploads=...) or do not send it"
+            ),
         ),
         (
             "undeclared state",
-            'the task "work" writes client.state without declaring it\n'
-            "  where: client_test\n"
-            "  fix:   use @client_task(..., state=True)",
+            (
+                'the task "work" writes client.state without declaring it\n'
+                "  where: client_test\n"
+                "  fix:   use @client_task(..., state=True)"
+            ),
         ),
         ("no payload", 'the task "work" returned a dict\n  where: client_test\n  fix:   return a Payload'),
     ],
@@ -135,8 +141,8 @@ def test_a_task_that_breaks_the_contract_says_so(mode: str, error: str) -> None:
 
 def test_a_task_that_fails_names_the_exception_and_the_place() -> None:
     reply = ask("bug")
-    line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "[][0]" in text)
-    assert reply.error == f"IndexError: list index out of range (test_client.py:{line})"
+    line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if 'int("three")' in text)
+    assert reply.error == f"ValueError: invalid literal for int() with base 10: 'three' (test_client.py:{line})"
     assert reply.upload is None
     assert not reply.breaks_contract
 

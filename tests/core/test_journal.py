@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ PAYLOAD = Payload({"w/x": torch.arange(3.0), "n": 2})
 DATA = PAYLOAD.encode()
 KEY, OTHER = "a" * 40, "b" * 40
 
-IN_USE = "another fedfuse process is using this folder\n  where: {}\n  fix:   wait for it, stop it, or name another --out folder"
+IN_USE = (
+    "another fedfuse process is using this folder\n  where: {}\n"
+    "  fix:   wait for it, stop it, or name another --out folder"
+)
 
 
 def filled(folder: Path | None) -> Journal:
@@ -73,9 +77,10 @@ def test_a_second_journal_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_process_is_refused_too(tmp_path: Path) -> None:
-    script = "import sys; from pathlib import Path; from fedfuse.core.journal import Journal; Journal(Path(sys.argv[1]))"
+    script = "import sys, pathlib; from fedfuse.core.journal import Journal; Journal(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", script, str(tmp_path)]
     with Journal(tmp_path):
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "JournalError: " + IN_USE.format(tmp_path) in done.stderr
 
@@ -172,9 +177,9 @@ def test_an_entry_without_its_upload_was_never_answered(tmp_path: Path) -> None:
 def test_a_kill_between_the_two_files(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from fedfuse.core import journal; real = journal.write_atomically\n"
-        "def write(path, data):\n"
+        "def write(path, data, **more):\n"
         "    if path.suffix == '.json': os.kill(os.getpid(), 9)\n"
-        "    real(path, data)\n"
+        "    real(path, data, **more)\n"
         "journal.write_atomically = write\n"
         "journal.Journal(Path(sys.argv[1])).put('a' * 40, bytes.fromhex(sys.argv[2]), {})"
     )
@@ -185,19 +190,16 @@ def test_a_kill_between_the_two_files(tmp_path: Path) -> None:
         assert journal.get(KEY) is None
 
 
-@pytest.mark.parametrize("calls_before", [0, 2], ids=["upload", "facts"])
-def test_a_full_disk_is_told_and_leaves_no_part(
-    calls_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = os.fsync, []
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_full_disk_is_told_and_leaves_no_part(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, upload = os.fsync, tmp_path / f"{KEY}.safetensors"
 
     def fsync(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) > calls_before:
+        # The facts are written once the upload is there.
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and upload.exists() is (suffix == ".json"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    suffix = ".json" if calls_before else ".safetensors"
     with Journal(tmp_path) as journal:
         monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(JournalError) as caught:

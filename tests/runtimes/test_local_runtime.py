@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fedfuse.core.artifact import ModelSpec
-from fedfuse.core.client import ClientSide, StateStore
+from fedfuse.core.client import ClientSide, Request, StateStore
 from fedfuse.core.cohort import Cohort, Replies, Terms
 from fedfuse.core.errors import ConfigError, QuorumError, TaskError
 from fedfuse.core.examples import ClientData, Examples
@@ -154,12 +154,9 @@ def test_long_work_goes_to_workers_once_it_pays(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_largest_client_goes_first() -> None:
     runtime = LocalRuntime(sides(), workers=1)
-    asked = []
-    exchange = runtime.exchange
-    runtime.exchange = lambda requests, **more: (asked.append(r) or r for r in exchange(requests, **more))  # type: ignore[method-assign,assignment,func-returns-value]
-    spec = ModelSpec({"kind": "none"}, 0, (2,), 2)
-    Cohort(runtime=runtime, method=Toy(), model_of=lambda client_id: spec, seed=1).ask(Toy.place, key="one")
-    assert [reply.client_id for reply in asked] == IDS[::-1]
+    requests = [Request(NAME, {}, "place", "one", each, 0, "", "key", Payload().encode()) for each in IDS]
+    replies = runtime.exchange(requests, timeout_s=None, progress=lambda *facts: None)
+    assert [reply.client_id for reply in replies] == IDS[::-1]
 
 
 @pytest.mark.usefixtures("_workers_from_the_start")
@@ -277,35 +274,32 @@ def test_a_parent_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent(
             """
-            import sys, time, os
+            import os, sys, time
             sys.path.insert(0, sys.argv[1])
             import test_local_runtime as t
             t.register_method(t.NAME)(t.Toy)
-            t.Toy.work.__wrapped__ = None
-            class Slow(t.ClientSide):
-                pass
-            real = t.local.perform
             def perform(request, side, tell):
-                print(os.getpid(), flush=True)
+                os.write(1, f"{os.getpid()}\\n".encode())
                 time.sleep(60)
             t.local.perform = perform
             t.Federation(2, terms=t.Terms(timeout_s=100.0)).ask()
             """
         )
     )
-    parent = subprocess.Popen(
-        [sys.executable, str(script), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout is not None
-    pids = [int(parent.stdout.readline()) for _ in range(2)]
-    assert all(is_alive(pid) for pid in pids)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    parent.stdout.close()
+    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        assert all(is_alive(pid) for pid in pids)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
     deadline = time.monotonic() + 5
     while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not any(is_alive(pid) for pid in pids)
+    left = [pid for pid in pids if is_alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 def test_a_run_that_was_stopped_by_a_failing_client_continues_where_it_was(tmp_path: Path) -> None:
@@ -335,9 +329,7 @@ def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Local().client_device() == Local(device="cpu").client_device() == torch.device("cpu")
     with pytest.raises(ConfigError) as caught:
         Local(device="cuda").client_device()
-    assert str(caught.value) == (
-        "there is no CUDA device\n  where: runtime.device\n  fix:   use device: cpu or auto"
-    )
+    assert str(caught.value) == ("there is no CUDA device\n  where: runtime.device\n  fix:   use device: cpu or auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert Local().client_device() == Local(device="cuda").client_device() == torch.device("cuda")
     assert Local(device="cpu").client_device() == torch.device("cpu")

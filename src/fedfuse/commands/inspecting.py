@@ -27,6 +27,17 @@ def describe(path: Path) -> str:
     Raises:
         ArtifactError: there is nothing that fedfuse knows.
     """
+    try:
+        return _describe(path)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(
+            f"cannot be read: {type(error).__name__}: {error}",
+            where=str(path),
+            fix="run the command that made it again",
+        ) from None
+
+
+def _describe(path: Path) -> str:
     if path.is_file() and path.suffix in (".safetensors", ".fed"):
         return describe_payload(path)
     if (path / "fused.json").is_file():
@@ -165,7 +176,7 @@ def describe_journal(folder: Path) -> str:
             by_exchange.setdefault(facts["exchange"], []).append(
                 (facts["client"], facts["upload_bytes"], facts["seconds"])
             )
-        except (FedfuseError, OSError, KeyError):
+        except (FedfuseError, OSError, KeyError, TypeError, ValueError):
             damaged.append(path.stem)
     lines.append(f"journal {folder}: {sum(map(len, by_exchange.values()))} replies")
     for exchange, replies in by_exchange.items():
@@ -177,10 +188,12 @@ def describe_journal(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict[str, Any]:
+    fix = "run the command that made it again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"cannot be read: {error}", where=str(path), fix="run the command that made it again"
-        ) from None
+        raise ArtifactError(f"cannot be read: {error}", where=str(path), fix=fix) from None
+    if not isinstance(found, dict):
+        raise ArtifactError("cannot be read: it is no table", where=str(path), fix=fix)
+    return found

@@ -9,12 +9,14 @@ from pathlib import Path
 from fedfuse.core.errors import JournalError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, syncs_folder: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part.
 
     Args:
         path: where; its folder is made if it is not there.
         data: the whole content.
+        syncs_folder: make the rename itself survive a power cut; not needed where a later write to the same folder
+            does.
 
     Raises:
         JournalError: the disk is full or may not be written; the old file, if any, is still there.
@@ -28,7 +30,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        # The rename itself must survive a power cut before the reply counts.
+        if not syncs_folder:
+            return
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -150,7 +150,7 @@ class Journal:
             self._memory[key] = entry
             return entry
         path = self.folder / f"{key}.safetensors"
-        write_atomically(path, upload)
+        write_atomically(path, upload, syncs_folder=False)
         write_atomically(self.folder / f"{key}.json", json.dumps(facts, sort_keys=True).encode())
         self._checked.add(key)
         return Entry(key, facts, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -87,19 +87,38 @@ def config_error(error: pydantic.ValidationError, kind: type, where: str) -> Con
         The error to raise.
     """
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path = _setting_path(kind, first["loc"])
     setting = ".".join([where, *path]) if path else where
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _names_at(kind, path[:-1])
         return ConfigError(f'unknown setting "{path[-1]}"', where=setting, fix=did_you_mean(path[-1], known))
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return ConfigError(f'the setting "{path[-1]}" is missing', where=setting, fix=f"give {setting} a value")
+    if first["type"] in ("model_type", "dataclass_type", "dict_type"):
+        return ConfigError(
+            f"this is no table of settings: {first['input']!r:.60}", where=setting, fix="write it as {key: value, ...}"
+        )
     message = first["msg"].removeprefix("Value error, ")
     return ConfigError(
         f"{message[:1].lower()}{message[1:]}, not {first['input']!r:.60}",
         where=setting,
         fix="see docs or fedfuse run --dry-run for what it can be",
     )
+
+
+def _setting_path(kind: type, loc: Sequence[int | str]) -> list[str]:
+    """The names of settings in pydantic's path, which also names the branches of unions that it tried."""
+    path: list[str] = []
+    for part in loc:
+        if (
+            isinstance(part, int)
+            or part in _names_at(kind, path)
+            or part == loc[-1]
+            and str(part).isidentifier()
+            and part not in ("int", "str", "float", "bool")
+        ):
+            path.append(str(part))
+    return path
 
 
 def _names_at(kind: type, path: Iterable[str]) -> list[str]:

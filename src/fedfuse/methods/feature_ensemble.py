@@ -68,7 +68,7 @@ class FeatureEnsemble(LocalTraining):
         heads: list[nn.Linear] = []
         recipes = []
         for client_id in replies:
-            pieces = cut_spec(job.model_of(client_id), 1)
+            pieces = cut_spec(job.model_of(client_id), 1).copy()
             pieces.load_whole(replies[client_id].group("model"))
             blocks.append(pieces.blocks[0])
             heads.append(pieces.head)

@@ -112,7 +112,7 @@ class FuseFL(Method):
         """
         level, spec = int(msg.number("level")), _resized(client.model, msg)
         receive(client.state, msg)
-        pieces = self._pieces(spec)
+        pieces = self._pieces(spec).copy()
         blocks, head = pieces.blocks[level:], pieces.head
         for offset, block in enumerate(blocks):
             _restore(block, client.state.group(f"own/{level + offset}"))
@@ -168,7 +168,7 @@ class FuseFL(Method):
             received.update(dict.fromkeys(replies, k))
             levels.append(self._level(k, {c: replies[c] for c in replies}, specs, bool(job.client_models)))
         assert replies is not None
-        heads = [_filled(self._pieces(specs[c]).head, replies[c].group("head")) for c in replies]
+        heads = [_filled(copy.deepcopy(self._pieces(specs[c]).head), replies[c].group("head")) for c in replies]
         whole = Payload()
         for level in levels:
             receive(whole, level)

@@ -61,7 +61,9 @@ class LocalTraining(Method):
             cohort: the clients.
             job: says which model each client owns.
         """
-        return cohort.ask(self.train_local, key="local_models", expect=lambda c: model_expectation(job.model_of(c)))
+        common = model_expectation(job.model)
+        own = {client_id: model_expectation(spec) for client_id, spec in job.client_models.items()}
+        return cohort.ask(self.train_local, key="local_models", expect=lambda c: own.get(c, common))
 
 
 def trained_upload(

@@ -4,9 +4,13 @@ from fedfuse.models import blocks as blocks
 from fedfuse.models import cnn as cnn
 from fedfuse.models import ensemble as ensemble
 from fedfuse.models import fused as fused
+from fedfuse.models import graph as graph
 from fedfuse.models import mlp as mlp
 from fedfuse.models import normalized as normalized
 from fedfuse.models import resnet as resnet
+from fedfuse.models import timm as timm
+from fedfuse.models import torchvision as torchvision
+from fedfuse.models import vit as vit
 from fedfuse.models.family import family as family
 from fedfuse.models.family import spec as spec
 from fedfuse.models.family import with_width as with_width

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from fedfuse.core.artifact import ModelSpec, Recipe, build
 from fedfuse.core.errors import ModelError
 from fedfuse.core.registry import register_recipe
+from fedfuse.models.tracing import run, submodule, trace
 
 Balance = Literal["parameters", "compute"]
 
@@ -47,7 +47,8 @@ _TRAILING_MODULES = (
 )
 _TRAILING_FUNCTIONS = {
     "relu", "relu_", "gelu", "silu", "leaky_relu", "tanh", "sigmoid", "elu", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "flatten", "dropout", "mean", "view", "reshape", "squeeze",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "flatten", "dropout", "mean", "view", "reshape", "squeeze", "transpose",
+    "permute",
 }  # fmt: skip
 
 
@@ -70,6 +71,10 @@ class Pieces:
     recipes: list[dict[str, Any]]
     points: tuple[str, ...]
     interfaces: list[tuple[int, int]]
+
+    def copy(self) -> Pieces:
+        """Pieces of one's own, to train or to load weights into."""
+        return copy.deepcopy(self)
 
     def load_whole(self, state: Mapping[str, Tensor]) -> None:
         """Load the whole model's state dict into the pieces.
@@ -140,12 +145,9 @@ def cut_spec(
         points: names of layers after which to cut, instead of balancing.
 
     Returns:
-        Fresh pieces; nobody else holds them.
+        Pieces that others look at too: :meth:`Pieces.copy` them before anything is changed.
     """
-    if spec.template is not None:
-        return cut(spec.build(), num_blocks, spec.example_input(), balance=balance, points=points)
-    pieces = _cut_spec(_Key(spec), num_blocks, balance, None if points is None else tuple(points))
-    return copy.deepcopy(pieces)
+    return _cut_spec(_Key(spec), num_blocks, balance, None if points is None else tuple(points))
 
 
 class _Key:
@@ -164,7 +166,8 @@ class _Key:
 @lru_cache(maxsize=32)
 def _cut_spec(key: _Key, num_blocks: int, balance: Balance, points: tuple[str, ...] | None) -> Pieces:
     spec = key.spec
-    return cut(spec.build(), num_blocks, spec.example_input(), balance=balance, points=points, recipe=spec.recipe)
+    recipe = None if spec.template is not None else spec.recipe
+    return cut(spec.build(), num_blocks, spec.example_input(), balance=balance, points=points, recipe=recipe)
 
 
 @register_recipe("block")
@@ -178,7 +181,8 @@ def build_block(recipe: Mapping[str, Any]) -> nn.Module:
         The block with fresh weights.
     """
     facts = json.dumps([recipe["of"], recipe["input_shape"], recipe["points"]], sort_keys=True)
-    return copy.deepcopy(_rebuilt(facts)[recipe["index"]])
+    block: nn.Module = copy.deepcopy(_rebuilt(facts)[recipe["index"]])
+    return block
 
 
 @lru_cache(maxsize=32)
@@ -187,28 +191,17 @@ def _rebuilt(facts: str) -> list[nn.Module]:
     return cut(build(of), len(points) + 1, torch.zeros(2, *input_shape), points=points, recipe=of).blocks
 
 
-class _Tracer(fx.Tracer):
-    """Traces into a model's own modules; where that fails, takes the children of a Sequential as they are."""
-
-    def __init__(self, coarse: bool) -> None:
-        super().__init__()
-        self.coarse = coarse
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.coarse or super().is_leaf_module(m, module_qualified_name)
-
-
 class _Cuttable:
     """A traced model: its nodes, what each costs, and where it can be cut."""
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
-        self.module, self.graph = module, _trace(module)
+        self.module, self.graph = module, trace(module)
         self.nodes = [node for node in self.graph.nodes if node.op != "output"]
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.values = self._run(example)
+        self.values = run(module, self.graph, example)
         output = next(node for node in self.graph.nodes if node.op == "output")
         last = output.args[0]
-        layer = self._module(last) if isinstance(last, fx.Node) else None
+        layer = submodule(self.module, last) if isinstance(last, fx.Node) else None
         if not isinstance(last, fx.Node) or not isinstance(layer, nn.Linear) or len(self.values[last].shape) != 2:
             what = type(layer).__name__ if layer is not None else getattr(last, "name", "several values")
             raise ModelError(
@@ -225,23 +218,6 @@ class _Cuttable:
         self.head, self.head_name, self.features = layer, str(last.target), source
         self.nodes = self.nodes[: self.position[source] + 1]
         self.input = next(node for node in self.nodes if node.op == "placeholder")
-
-    def _run(self, example: Tensor) -> dict[fx.Node, Any]:
-        values: dict[fx.Node, Any] = {}
-
-        class Recorder(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                values[n] = super().run_node(n)
-                return values[n]
-
-        was_training = self.module.training
-        with torch.inference_mode():
-            Recorder(fx.GraphModule(self.module, self.graph).eval()).run(example)
-        self.module.train(was_training)
-        return values
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def places(self) -> list[int]:
         """Positions after which one tensor, and nothing else, crosses."""
@@ -262,12 +238,12 @@ class _Cuttable:
 
     def _is_trailing(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self._module(node), _TRAILING_MODULES)
+            return isinstance(submodule(self.module, node), _TRAILING_MODULES)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         return node.op in ("call_function", "call_method") and name in _TRAILING_FUNCTIONS
 
     def cost(self, node: fx.Node, balance: Balance) -> int:
-        module = self._module(node)
+        module = submodule(self.module, node)
         if balance == "parameters":
             own = self.module.get_parameter(str(node.target)).numel() if self._is_parameter(node) else 0
             return own + (sum(p.numel() for p in module.parameters()) if module else 0)
@@ -276,7 +252,8 @@ class _Cuttable:
         # Every weight of a convolution is used at each position of the output, of a linear layer once per row.
         weights = sum(p.numel() for p in module.parameters() if p.ndim > 1)
         out = self.values[node]
-        return weights * (out[0, 0].numel() if out.ndim == 4 else out[0, ..., 0].numel())
+        num_uses: int = out[0, 0].numel() if out.ndim == 4 else out[0, ..., 0].numel()
+        return weights * num_uses
 
     def _is_parameter(self, node: fx.Node) -> bool:
         return node.op == "get_attr" and str(node.target) in dict(self.module.named_parameters())
@@ -310,10 +287,11 @@ class _Cuttable:
         """Ends of blocks at named layers or nodes."""
         ends, places = [], self.places()
         for point in points:
-            inside = [
+            # A node's own name comes first: the recipes of blocks hold such names, and a layer may be used many times.
+            inside = [i for i, node in enumerate(self.nodes) if point == node.name] or [
                 i
                 for i, node in enumerate(self.nodes)
-                if point in (node.name, str(node.target)) or point in node.meta.get("nn_module_stack", {})
+                if point == str(node.target) or point in node.meta.get("nn_module_stack", {})
             ]
             if not inside:
                 names = [name for name, _ in self.module.named_children()]
@@ -336,17 +314,8 @@ class _Cuttable:
         return [*ends, len(self.nodes) - 1]
 
     def pieces(self, ends: Sequence[int], recipe: Recipe | None) -> Pieces:
-        blocks: list[nn.Module] = []
-        used: set[str] = set()
-        for start, end in pairwise([0, *(end + 1 for end in ends)]):
-            block, names = self._block(start, end)
-            if used & names:
-                raise ModelError(
-                    f'the layer "{min(used & names)}" is used in two blocks',
-                    fix="give points that keep its uses together",
-                )
-            used |= names
-            blocks.append(block)
+        blocks = [self._block(start, end) for start, end in pairwise([0, *(end + 1 for end in ends)])]
+        self._check_apart(blocks)
         points = tuple(self.nodes[end].name for end in ends[:-1])
         shape = list(self.values[self.input].shape[1:])
         recipes: list[dict[str, Any]] = [
@@ -358,14 +327,20 @@ class _Cuttable:
         outputs = [self.values[self.nodes[end]] for end in ends]
         interfaces = [(int(out.shape[2 if out.ndim == 3 else 1]), out.ndim) for out in outputs]
         assert isinstance(self.head, nn.Linear)
-        return Pieces(blocks, copy.deepcopy(self.head), self.head_name, recipes, points, interfaces)
+        return Pieces(
+            [copy.deepcopy(block) for block in blocks],
+            copy.deepcopy(self.head),
+            self.head_name,
+            recipes,
+            points,
+            interfaces,
+        )
 
-    def _block(self, start: int, end: int) -> tuple[nn.Module, set[str]]:
+    def _block(self, start: int, end: int) -> fx.GraphModule:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         entrance = self.input if start == 0 else self.nodes[start - 1]
         copies[entrance] = graph.placeholder("x")
-        names = set()
         for node in self.nodes[start:end]:
             if node.op == "placeholder":
                 continue
@@ -374,29 +349,23 @@ class _Cuttable:
                 if needed not in copies and needed.op == "get_attr":
                     copies[needed] = graph.node_copy(needed, lambda n: copies[n])
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-            if node.op == "call_module" and any(True for _ in self.module.get_submodule(str(node.target)).parameters()):
-                names.add(str(node.target))
         graph.output(copies[self.nodes[end - 1]])
-        return copy.deepcopy(fx.GraphModule(self.module, graph)), names
+        return fx.GraphModule(self.module, graph)
 
-
-def _trace(module: nn.Module) -> fx.Graph:
-    try:
-        graph = _Tracer(coarse=False).trace(module)
-    except Exception as error:
-        if not isinstance(module, nn.Sequential):
-            raise ModelError(
-                f"the model cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                fix="write it as an nn.Sequential of its blocks, or without control flow that depends on the input",
-            ) from None
-        graph = _Tracer(coarse=True).trace(module)
-    for node in graph.nodes:
-        if node.op == "placeholder" and any(n.op == "placeholder" for n in graph.nodes if n is not node and not n.args):
-            raise ModelError("the model takes several inputs", fix="give a model with one input tensor")
-        # A functional dropout is traced with the mode of the moment and would stay on, or off, for ever.
-        if node.op == "call_function" and node.target in (F.dropout, F.dropout2d, F.alpha_dropout):
-            raise ModelError("the model calls a functional dropout, whose mode cannot be traced", fix="use nn.Dropout")
-    return graph
+    def _check_apart(self, blocks: Sequence[nn.Module]) -> None:
+        """No weight may be in two pieces: they are trained apart."""
+        head = [(f"{self.head_name}.{name}", tensor) for name, tensor in self.head.named_parameters()]
+        owner: dict[int, tuple[int, str]] = {}
+        parts: list[list[tuple[str, Tensor]]] = [[*b.named_parameters(), *b.named_buffers()] for b in blocks]
+        parts.append([*head])
+        for k, tensors in enumerate(parts):
+            for name, tensor in tensors:
+                if owner.setdefault(id(tensor), (k, name))[0] != k:
+                    raise ModelError(
+                        f'the weight "{name}" is used in two blocks',
+                        where="points",
+                        fix="give points that keep its uses together, or fewer blocks",
+                    )
 
 
 def _best_ends(

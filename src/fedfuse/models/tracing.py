@@ -82,11 +82,10 @@ def _is_traceable(part: nn.Module, leaves: Iterable[nn.Module]) -> bool:
 def _check_modes(module: nn.Module, graph: fx.Graph) -> None:
     """A functional dropout is traced with the mode of the moment and would stay on, or off, for ever."""
     copied = copy.deepcopy(module).train(not module.training)
-    kept = {id(copied.get_submodule(str(n.target))) for n in graph.nodes if n.op == "call_module"}
-    tracer = _Tracer()
-    tracer._leaves = kept
+    # The same parts are taken as they are, so that only what the mode changes differs.
+    leaves = [copied.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"]
     try:
-        other = tracer.trace(copied)
+        other = _Tracer(leaves).trace(copied)
     except Exception:
         return
     names = [n.name for n in other.nodes]

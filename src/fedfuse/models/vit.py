@@ -136,8 +136,8 @@ class TransformerBlock(nn.Module):
             The same shape.
         """
         x = x + self.dropout(self.attention(self.norm1(x)))
-        x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x
+        out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return out
 
 
 class Attention(nn.Module):

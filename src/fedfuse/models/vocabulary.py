@@ -356,7 +356,50 @@ def write_layer(module: nn.Module) -> dict[str, Any]:
         found = _settings(module)
     except (AttributeError, IndexError, TypeError) as error:
         raise Indescribable(f"the settings of the layer {kind.__name__}") from error
-    return {"layer": kind.__name__, "settings": {key: write_value(value) for key, value in found.items()}}
+    settings = {
+        key: {"layer": write_layer(value)} if isinstance(value, nn.Module) else write_value(value)
+        for key, value in found.items()
+    }
+    return {"layer": kind.__name__, "settings": settings}
+
+
+def make_layer(name: Any, settings: Any, depth: int = 0) -> nn.Module:
+    """Make the layer that :func:`write_layer` described.
+
+    Args:
+        name: its class.
+        settings: what it was made with.
+        depth: in how many other layers' settings it is.
+
+    Returns:
+        The layer with fresh weights on the default device.
+
+    Raises:
+        ModelError: the class has no word, or a setting is none of its or of no possible size.
+    """
+    kind = read_layer(name)
+    if not isinstance(settings, Mapping) or depth > 2:
+        raise ModelError(f"the settings of the layer {name} are broken")
+    found = {}
+    for key, value in settings.items():
+        if key in ("device", "dtype") or key.startswith("_"):
+            raise ModelError(f'a graph recipe cannot give the setting "{key}" to the layer {name}')
+        if isinstance(value, Mapping) and set(value) == {"layer"}:
+            found[key] = make_layer(value["layer"]["layer"], value["layer"]["settings"], depth + 1)
+        else:
+            found[key] = read_value(value)
+            _check_size(name, key, found[key])
+    try:
+        return kind(**found)
+    except (RuntimeError, TypeError, ValueError, AssertionError, OverflowError, MemoryError, ArithmeticError) as error:
+        raise ModelError(f"the layer {name} cannot be made: {str(error).splitlines()[0]:.120}") from None
+
+
+def _check_size(layer: str, key: str, value: Any) -> None:
+    limit = _MAX_COPIES if key == "num_layers" else _MAX_SETTING
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, int) and abs(number) > limit:
+            raise ModelError(f"the layer {layer} would have {key} {number}", fix=f"the largest is {limit}")
 
 
 def _settings(module: Any) -> dict[str, Any]:
@@ -372,12 +415,10 @@ def _settings(module: Any) -> dict[str, Any]:
         first = write_layer(module.layers[0])
         if any(write_layer(layer) != first for layer in module.layers):
             raise Indescribable("a TransformerEncoder of unequal layers")
-        norm = None if module.norm is None else write_layer(module.norm)
-        # Descriptions inside of settings are lists: they hold no value that needs a word of its own.
         return {
-            "encoder_layer": ["layer", first["settings"]["d_model"], *_pairs(first)],
+            "encoder_layer": module.layers[0],
             "num_layers": module.num_layers,
-            "norm": None if norm is None else [norm["layer"], *_pairs(norm)],
+            "norm": module.norm,
             "enable_nested_tensor": module.enable_nested_tensor,
         }
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):

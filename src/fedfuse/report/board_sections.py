@@ -91,7 +91,8 @@ def board_sections(board: Board, runs: FirstRuns, folder: Path, gallery: Gallery
         sections.append(_against_upload(board, gallery))
     if runs:
         sections.append(_by_method(board, runs, gallery))
-    sections.append(_board_costs(board, folder, gallery))
+    if board.rows:
+        sections.append(_board_costs(board, folder, gallery))
     sections.append(_board_left(runs))
     text = "That of the first method; each run's folder holds its own."
     sections += origin_sections(board.config, board.versions, text)
@@ -154,7 +155,7 @@ def _board_costs(board: Board, folder: Path, gallery: Gallery) -> Section:
         costs = row.costs
         cells = [
             # A long label may break before its settings.
-            Cell(method_title(row.method).replace("[", "\u200b[")),
+            Cell(shorten(method_title(row.method), 48).replace("[", "\u200b[")),
             Cell(score(row.accuracy, _spread(row)), "" if row.accuracy is None else repr(row.accuracy)),
             cell(costs.get("upload_bytes"), format_bytes),
             cell(costs.get("download_bytes"), format_bytes),

@@ -32,7 +32,7 @@ def partition_gallery(assignments: Mapping[str, np.ndarray]) -> Figure:
 
     Example:
         >>> figure = partition_gallery({"iid": np.full((3, 4), 5), "one class each": 20 * np.eye(3, 4)})
-        >>> [axes.get_title() for axes in figure.axes]
+        >>> [axes.get_title("left") for axes in figure.axes]
         ['iid', 'one class each']
     """
     if not assignments:
@@ -49,16 +49,16 @@ def partition_gallery(assignments: Mapping[str, np.ndarray]) -> Figure:
             )
     columns = min(PANELS_A_ROW, len(tables))
     num_rows = -(-len(tables) // columns)
-    row_in = max(max(0.075, min(0.24, 2.4 / len(table))) for table in tables.values())
-    tallest = max(len(table) for table in tables.values()) * row_in
-    figure = new_figure(num_rows * (tallest + 0.62) + 0.35, PANEL_IN * columns + 0.6)
+    # All panels are equally high, so that schemes can be compared by eye.
+    height_in = min(2.8, max(1.2, 0.26 * max(len(table) for table in tables.values())))
+    figure = new_figure(num_rows * (height_in + 0.62) + 0.35, PANEL_IN * columns + 0.6)
     panels = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for panel, (name, table) in zip(panels, tables.items(), strict=False):
         num_clients, num_classes = table.shape
-        draw_holdings(panel, table, (PANEL_IN - 0.4) / num_classes, tallest / num_clients)
+        draw_holdings(panel, table, (PANEL_IN - 0.4) / num_classes, height_in / num_clients)
         panel.set_title(shorten(name, 34))
         category_ticks(panel, "x", [str(k) for k in range(num_classes)], (PANEL_IN - 0.4) / num_classes)
-        category_ticks(panel, "y", [str(k) for k in range(num_clients)], tallest / num_clients)
+        category_ticks(panel, "y", [str(k) for k in range(num_clients)], height_in / num_clients)
     for panel in panels[len(tables) :]:
         panel.remove()
     figure.supxlabel("class", fontsize=10, color=MUTED)

@@ -66,10 +66,10 @@ def run_sections(run: Run, gallery: Gallery) -> list[Section]:
         text = "One line a client, one panel an exchange."
         exchanges = list(dict.fromkeys(curve.exchange for curve in run.curves))
         sections.append(Section("curves", "How the clients learnt", text + _drawn(exchanges), curves))
-    sections += [
-        Section("costs", "What it cost", "Bytes are encoded sizes, as sent.", facts=_cost_facts(run)),
-        _left(run, gallery),
-    ]
+    costs = _cost_facts(run)
+    if costs:
+        sections.append(Section("costs", "What it cost", "Bytes are encoded sizes, as sent.", facts=costs))
+    sections.append(_left(run, gallery))
     if run.facts:
         sections.append(Section("facts", "What the method reports", facts=facts_of(run.facts)))
     return [section for section in [*sections, *origin_sections(run.config, run.versions, "")] if section is not None]

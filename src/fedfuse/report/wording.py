@@ -149,8 +149,7 @@ def _difference(best: BoardRow, others: Sequence[BoardRow]) -> str:
     name = ("one-shot " if other in averaged else "") + method_title(other.method)
     if points < 0.05:
         return f", level with {name}"
-    amount = f"{points:.0f}" if points >= 10 else f"{points:.1f}"
-    return f", {amount} point{'' if amount == '1.0' else 's'} above {name}"
+    return f", {points:.0f} points above {name}" if points >= 9.95 else f", {points:.1f} points above {name}"
 
 
 def _spread_score(row: BoardRow) -> str:

@@ -22,20 +22,18 @@ class HuggingFace(ArrowSettings):
     Images are decoded once; their pixels are kept in the cache folder. No code of a data set is run.
 
     Args:
-        path: id on the hub, such as ``ylecun/mnist``, or a local folder, also one of ``save_to_disk``.
+        name: id on the hub, such as ``ylecun/mnist``, or a local folder, also one of ``save_to_disk``.
         subset: name of the subset (the hub's ``config``), where there are several.
         revision: branch, tag or commit on the hub.
         train_split: name of the training part.
         test_split: name of the test part; empty for none.
-        dataset_name: what to call the data; the last part of the path where not set.
     """
 
-    path: str
+    name: str
     subset: str | None = None
     revision: str | None = None
     train_split: str = "train"
     test_split: str = "test"
-    dataset_name: str | None = None
 
     def load(self, limit: int | None = None, test_limit: int | None = None) -> Dataset:
         """Download or read the data.
@@ -52,22 +50,22 @@ class HuggingFace(ArrowSettings):
             DataError: the data cannot be reached, or its content cannot be used.
         """
         splits = self._splits()
-        name = self.dataset_name or Path(self.path).name
+        name = Path(self.name).name
         for setting, split in (("train_split", self.train_split), ("test_split", self.test_split)):
             is_default_test = setting == "test_split" and split == "test" and self.test_fraction
             if split and split not in splits and not is_default_test:
                 fix = did_you_mean(split, splits) + (
                     "; for none, set test_split to an empty text" if setting == "test_split" else ""
                 )
-                raise ConfigError(f'{setting}: there is no split "{split}"', where=self.path, fix=fix)
+                raise ConfigError(f'{setting}: there is no split "{split}"', where=self.name, fix=fix)
         test = splits.get(self.test_split) if self.test_split else None
-        train_part = HuggingFacePart(splits[self.train_split], f"{self.path}, {self.train_split}")
-        test_part = None if test is None else HuggingFacePart(test, f"{self.path}, {self.test_split}")
+        train_part = HuggingFacePart(splits[self.train_split], f"{self.name}, {self.train_split}")
+        test_part = None if test is None else HuggingFacePart(test, f"{self.name}, {self.test_split}")
         return self.dataset(train_part, test_part, name, limit, test_limit)
 
     def _splits(self) -> Mapping[str, Any]:
         datasets = optional_module("datasets", package="datasets", extra="data")
-        folder = Path(self.path).expanduser()
+        folder = Path(self.name).expanduser()
         try:
             if (folder / "dataset_dict.json").exists():
                 return dict(datasets.load_from_disk(str(folder)))
@@ -75,7 +73,7 @@ class HuggingFace(ArrowSettings):
                 return {self.train_split: datasets.load_from_disk(str(folder))}
             return dict(
                 datasets.load_dataset(
-                    str(folder) if folder.is_dir() else self.path, self.subset, revision=self.revision
+                    str(folder) if folder.is_dir() else self.name, self.subset, revision=self.revision
                 )
             )
         except FedfuseError:
@@ -84,7 +82,7 @@ class HuggingFace(ArrowSettings):
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise DataError(
                 f"the data set cannot be loaded: {reason:.200}",
-                where=self.path,
+                where=self.name,
                 fix="check the id, the subset and the network; without a network name a local folder",
             ) from error
 

@@ -43,6 +43,8 @@ def client_bars(
         accuracy: of the whole run, drawn as a line; ``None`` draws none.
         accuracy_name: what the line is called, one word.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = {client.name: client for client in clients}
     names = sorted({*rows, *(missing or {})}, key=natural_key)
     if not names:
@@ -71,7 +73,7 @@ def client_bars(
         bottom = figure.subplots()
     _bars(bottom, names, sizes, QUIET, format_count)
     bottom.set_ylim(0, max([*sizes.values(), 1.0]) * 1.22)
-    bottom.locator_params(axis="y", nbins=4)
+    bottom.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     bottom.set_title("training examples")
     category_ticks(bottom, "x", names, PLOT_IN / len(names))
     absent = [index for index, name in enumerate(names) if name in (missing or {})]

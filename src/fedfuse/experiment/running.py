@@ -1,0 +1,338 @@
+"""One method on one federation: ask, fuse, score once on the test set, write the run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from fedfuse.core import VERSION
+from fedfuse.core.artifact import Artifact
+from fedfuse.core.client import ClientSide, StateStore, fixed_threads, peak_rss_bytes, reset_peak_rss
+from fedfuse.core.cohort import Cohort, Terms
+from fedfuse.core.errors import ConfigError
+from fedfuse.core.files import write_atomically
+from fedfuse.core.journal import Journal
+from fedfuse.core.ledger import Ledger
+from fedfuse.core.method import Fused, Job, Method
+from fedfuse.core.registry import METHODS, RUNTIMES
+from fedfuse.core.seeding import Rng, derive_seed
+from fedfuse.core.settings import to_json
+from fedfuse.experiment.configuration import (
+    Config,
+    ConfigLike,
+    NamedSection,
+    named,
+    read_config,
+    resolve,
+    server_threads,
+)
+from fedfuse.experiment.result import Observer, Result
+from fedfuse.experiment.setting import Loader, Setting, own_setting
+from fedfuse.models.normalized import normalized_artifact
+from fedfuse.training.evaluation import evaluate
+
+
+def run(
+    config: ConfigLike | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    clients: Sequence[Any] | Mapping[str, Any] | None = None,
+    test: Any = None,
+    method: Method | str | None = None,
+    runtime: Mapping[str, Any] | None = None,
+    federation: Mapping[str, Any] | None = None,
+    validation_fraction: float = 0.1,
+    seed: int | None = None,
+    out: str | Path | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Run one method: from a configuration, or on a model and data of one's own.
+
+    Args:
+        config: a YAML file or a table; or else ``model`` and ``clients`` are given.
+        overrides: ``section.key=value``, as ``--set`` takes them.
+        model: a module (its weights are where everyone starts) or a function that makes one.
+        clients: one data set per client, by position or by id: ``torch.utils.data.Dataset``, Hugging Face ``Dataset``,
+            or a pair of arrays ``(x, y)``.
+        test: a data set of the same kind; without it the result has no accuracy.
+        method: a method object or a name; FuseFL if left out.
+        runtime: ``{"name": "local", ...}``.
+        federation: ``{"quorum": ..., "timeout_s": ...}``.
+        validation_fraction: part of each client's data that is set apart, for data of one's own.
+        seed: instead of the configuration's.
+        out: the run's folder; without it a run with data of one's own stays in memory.
+        observer: hears how far the run is.
+
+    Returns:
+        The result.
+
+    Raises:
+        ConfigError: what is given cannot be run.
+    """
+    if config is not None:
+        checked = read_config(config, [*overrides, *([] if seed is None else [f"seed={seed}"])])
+    else:
+        sections = {"runtime": runtime, "federation": federation}
+        table = {"data": {"source": "own"}, "model": {"family": "own"}, "seed": seed or 0}
+        checked = read_config({**table, **{key: dict(value) for key, value in sections.items() if value}})
+    if isinstance(method, str):
+        checked = checked.model_copy(update={"method": NamedSection(name=method)})
+    elif method is not None:
+        checked = checked.model_copy(update={"method": NamedSection(name=method.name, **to_json(method))})
+    if config is not None:
+        resolved = resolve(checked)
+        setting = Loader(checked).setting(checked.seed)
+    else:
+        setting = own_setting(model, clients, test, seed=checked.seed, validation_fraction=validation_fraction)
+        resolved = _own_config(checked, model, validation_fraction)
+    return run_method(
+        setting,
+        method if isinstance(method, Method) else named(METHODS, checked.method.name, checked.method.others, "method"),
+        checked,
+        resolved,
+        label=checked.method.name,
+        folder=None if out is None else Path(out),
+        observer=observer or Observer(),
+    )
+
+
+def _own_config(config: Config, model: Any, validation_fraction: float) -> dict[str, Any]:
+    """What can be written down of a run on a model and data of the user's own."""
+    name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "own")
+    method = named(METHODS, config.method.name, config.method.others, "method")
+    runtime = named(RUNTIMES, config.runtime.name, config.runtime.others, "runtime")
+    return {
+        "seed": config.seed,
+        "data": {"source": "own", "validation_fraction": validation_fraction},
+        "model": {"family": "own", "name": name},
+        "method": {"name": config.method.name, **to_json(method)},
+        "runtime": {"name": config.runtime.name, **to_json(runtime)},
+        "federation": config.federation.model_dump(),
+        "server": {**config.server.model_dump(), "threads": server_threads(config)},
+    }
+
+
+def run_method(
+    setting: Setting,
+    method: Method,
+    config: Config,
+    resolved: Mapping[str, Any],
+    *,
+    label: str,
+    folder: Path | None,
+    observer: Observer,
+    shared: Path | None = None,
+    seed: int | None = None,
+) -> Result:
+    """Run a method on prepared data and write the run's folder.
+
+    ``shared`` holds the journal of a comparison, so that methods that ask the same question share the answer.
+    """
+    seed = config.seed if seed is None else seed
+    data, home = setting.data, shared or folder
+    ledger, lines = Ledger(), []
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(None if home is None else home / "journal"))
+        if folder is not None:
+            write_atomically(folder / "config.yaml", yaml.safe_dump(dict(resolved), sort_keys=False).encode())
+        runtime_settings = named(RUNTIMES, config.runtime.name, config.runtime.others, "runtime")
+        states = StateStore(None if home is None else home / "clients")
+        device = runtime_settings.client_device() if hasattr(runtime_settings, "client_device") else torch.device("cpu")
+        sides = {
+            client_id: ClientSide(
+                client_id,
+                client_data,
+                setting.client_models.get(client_id, setting.model),
+                device,
+                getattr(runtime_settings, "client_threads", 1),
+                states,
+            )
+            for client_id, client_data in data.clients.items()
+        }
+        runtime = runtime_settings.open(sides)
+        stack.callback(runtime.close)
+        job = Job(
+            model=setting.model,
+            client_models=setting.client_models,
+            rng=Rng(derive_seed(seed, "server")),
+            device=_server_device(config),
+            progress=observer.server,
+        )
+        cohort = Cohort(
+            runtime=runtime,
+            method=method,
+            model_of=job.model_of,
+            seed=seed,
+            journal=journal,
+            ledger=ledger,
+            terms=Terms(**config.federation.model_dump()),
+            log=lambda facts: lines.append(dict(facts)),
+            progress=observer.exchange,
+        )
+        stack.enter_context(fixed_threads(server_threads(config)))
+        reset_peak_rss()
+        start = time.perf_counter()
+        try:
+            with job.rng.ambient("fuse"):
+                fused = method.fuse(cohort, job)
+        finally:
+            _write_progress(folder, ledger, lines)
+        wall_seconds = time.perf_counter() - start
+        for key in journal.broken:
+            observer.note(f"the journal's entry {key[:8]} was damaged and was asked for again")
+        result = _judge(setting, fused, cohort, job, label, resolved, seed, folder, wall_seconds)
+    if folder is not None:
+        _write_run(folder, result, ledger)
+    observer.run_ended(result)
+    return result
+
+
+def _judge(
+    setting: Setting,
+    fused: Fused,
+    cohort: Cohort,
+    job: Job,
+    label: str,
+    resolved: Mapping[str, Any],
+    seed: int,
+    folder: Path | None,
+    wall_seconds: float,
+) -> Result:
+    """Score what came out on the test set, once, and put everything into one table."""
+    data = setting.data
+    module = None if fused.model is None else fused.model.module()
+    seen = None if module is None or data.test is None else evaluate(module, data.test, device=job.device)
+    counts = data.label_counts()
+    clients: dict[str, dict[str, Any]] = {}
+    for row, (client_id, part) in enumerate(data.clients.items()):
+        accuracy, kind = None, ""
+        if client_id in fused.personal and data.test is not None:
+            accuracy, kind = (
+                evaluate(fused.personal[client_id].module(), data.test, device=job.device).accuracy,
+                "own model on test",
+            )
+        elif module is not None and len(part.validation):
+            accuracy, kind = evaluate(module, part.validation, device=job.device).accuracy, "fused model on validation"
+        clients[client_id] = {
+            "num_examples": len(part.train),
+            "num_validation": len(part.validation),
+            "label_counts": counts[row].tolist(),
+            "accuracy": accuracy,
+            "accuracy_kind": kind,
+        }
+    accuracy = None if seen is None else seen.accuracy
+    if module is None and data.test is not None and fused.personal:
+        accuracy = statistics.fmean(clients[client_id]["accuracy"] for client_id in fused.personal)
+    artifact, personal = _shipped(setting, fused, cohort, label)
+    first = artifact or next(iter(personal.values()), None)
+    sizes = [a.num_bytes for a in ([artifact] if artifact else personal.values())]
+    totals = cohort.ledger.totals(sum(sizes))
+    totals["wall_seconds"] = wall_seconds
+    totals["server_seconds"] = wall_seconds - cohort.waited_s
+    totals["peak_rss_bytes"] = max(cohort.ledger.peak_client_rss_bytes, peak_rss_bytes())
+    facts = {
+        "method": label,
+        "accuracy": accuracy,
+        "loss": None if seen is None else seen.loss,
+        "seed": seed,
+        "class_names": list(data.class_names),
+        "confusion": None if seen is None else seen.confusion.tolist(),
+        "clients": clients,
+        "ledger": totals,
+        "missing": dict(cohort.missing),
+        "artifact": None
+        if first is None
+        else {
+            "digest": artifact.digest() if artifact else _digest_of(personal),
+            "num_parameters": sum(p.numel() for p in first.module().parameters()),
+            "num_bytes": sum(sizes),
+            "path": "artifact",
+        },
+        "facts": dict(job.facts),
+        "uploads": cohort.uploads,
+        "versions": versions(),
+        "config": dict(resolved),
+    }
+    return Result(label, accuracy, clients, totals, artifact, personal, dict(cohort.missing), facts, folder)
+
+
+def _shipped(setting: Setting, fused: Fused, cohort: Cohort, label: str) -> tuple[Artifact | None, dict[str, Artifact]]:
+    """The artifacts as they are shipped: they take inputs as the source gives them and say where they come from."""
+    data = setting.data
+    info = {
+        "method": label,
+        "class_names": list(data.class_names),
+        "input_shape": list(data.input_shape),
+        "uploads": cohort.uploads,
+        "fedfuse": VERSION,
+    }
+
+    def ship(artifact: Artifact) -> Artifact:
+        normalization = data.normalization
+        if normalization.mean:
+            artifact = normalized_artifact(artifact, normalization.mean, normalization.std, len(data.input_shape))
+        return Artifact(artifact.recipe, artifact.state, artifact.template, info)
+
+    personal = {client_id: ship(artifact) for client_id, artifact in sorted(fused.personal.items())}
+    return None if fused.model is None else ship(fused.model), personal
+
+
+def _digest_of(personal: Mapping[str, Artifact]) -> str:
+    text = json.dumps({client_id: artifact.digest() for client_id, artifact in personal.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _server_device(config: Config) -> torch.device:
+    if config.server.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device", where="server.device", fix="use device: cpu or auto")
+    return torch.device("cuda" if config.server.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _write_progress(folder: Path | None, ledger: Ledger, lines: Sequence[Mapping[str, Any]]) -> None:
+    if folder is not None:
+        text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+        write_atomically(folder / "metrics.jsonl", text.encode())
+        write_atomically(folder / "ledger.json", json.dumps(ledger.to_json(), indent=1).encode())
+
+
+def _write_run(folder: Path, result: Result, ledger: Ledger) -> None:
+    if result.artifact is not None:
+        result.artifact.save(folder / "artifact")
+    for client_id, artifact in result.personal.items():
+        artifact.save(folder / "artifact" / client_id)
+    # Written last: a run's folder with a result is complete.
+    write_atomically(folder / "result.json", json.dumps(result.facts, indent=1, sort_keys=True).encode())
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with: fedfuse, its git commit if it runs from a checkout, python, torch, numpy, system."""
+    found = {
+        "fedfuse": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    here = Path(__file__).resolve().parent
+    try:
+        git = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        found["git"] = git.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found
