@@ -108,6 +108,7 @@ def test_clients_with_different_models_share_a_head(federation: Any, x: Tensor, 
         "heads of different widths cannot be averaged\n"
         "  fix:   use head.kind: lda or ensemble for clients with different models"
     )
+    assert fed.cohort.ledger.exchanges() == []
 
 
 def test_clients_that_are_away_leave_what_they_gave(federation: Any) -> None:

@@ -132,6 +132,7 @@ def test_weights_of_different_architectures_are_refused(federation: Any) -> None
         "  where: model.clients\n"
         "  fix:   use a method for heterogeneous models, such as ensemble or fusefl"
     )
+    assert fed.cohort.ledger.exchanges() == []
 
 
 def test_no_round_is_refused() -> None:

@@ -77,10 +77,10 @@ def test_the_artifact_is_the_composition_of_the_uploaded_blocks(
 ) -> None:
     if family not in MODELS.names():
         pytest.skip(f"there is no {family} yet")
-    fed = federation(family, **FAMILIES[family])
+    fed = federation(family, num_clients=2, **FAMILIES[family])
     method = fusefl_of(adaptor=adaptor)
     fused = fed.fuse(method)
-    moments = pool(read_moments(fed.upload("moments", c)) for c in IDS)
+    moments = pool(read_moments(fed.upload("moments", c)) for c in fed.cohort.client_ids)
     weights, biases = lda_head(moments)
     features = composed(fed, method, x)
     wanted = features.double() @ weights.T + biases
@@ -89,13 +89,13 @@ def test_the_artifact_is_the_composition_of_the_uploaded_blocks(
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 4, 8])
 def test_any_number_of_blocks(federation: Any, x: Tensor, num_blocks: int, tmp_path: Any) -> None:
-    fed = federation(width=4, depth=8)
-    fused = fed.fuse(fusefl_of(num_blocks=num_blocks, local=LocalSGD(num_epochs=8, batch_size=16)))
+    fed = federation(num_clients=2, width=4, depth=8)
+    fused = fed.fuse(fusefl_of(num_blocks=num_blocks, local=LocalSGD(num_epochs=8, batch_size=32)))
     exchanges = [f"block_{k}" for k in range(num_blocks)]
     assert fed.cohort.ledger.exchanges() == [*exchanges, "moments"]
     epochs = [fed.message(key, "client_0")["num_epochs"] for key in exchanges]
     assert epochs == [8 // num_blocks] * num_blocks
-    assert [len(level) for level in fused.model.recipe["levels"]] == [3] * num_blocks
+    assert [len(level) for level in fused.model.recipe["levels"]] == [2] * num_blocks
     again = Artifact.read(fused.model.save(tmp_path / "artifact"))
     assert torch.equal(predict(again.module(), x), predict(fused.model.module(), x))
     assert fed.job.facts["num_blocks"] == num_blocks
@@ -368,7 +368,6 @@ def test_frozen_levels_are_uploaded_once_and_never_move(federation: Any) -> None
 def test_batchnorm_of_frozen_levels_in_training_mode_changes_the_next_block_only(federation: Any) -> None:
     fed = federation(**SMALL)
     fed.fuse(fusefl_of())
-    quiet = {k: fed.upload(f"block_{k}", "client_0").tensor("block/1.running_mean" if not k else "num") for k in ()}
     quiet = {k: fed.upload(f"block_{k}", "client_0").group("block") for k in (0, 1)}
     fed.fuse(fusefl_of(frozen_batchnorm="train"))
     moved = {k: fed.upload(f"block_{k}", "client_0").group("block") for k in (0, 1)}
@@ -437,7 +436,7 @@ def test_dropped_columns_are_zero_and_the_others_are_scaled_up() -> None:
     joined = torch.ones(4000, 5)
     torch.manual_seed(3)
     dropped = drop_columns(joined, (2, 3), 0.25)
-    assert set(dropped.unique().tolist()) <= {0.0, 1 / 0.75, pytest.approx(1 / 0.75)}
+    assert dropped.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
     # Columns are dropped whole.
     assert torch.equal(dropped[:, 0], dropped[:, 1])
     assert torch.equal(dropped[:, 2], dropped[:, 3])
@@ -659,12 +658,11 @@ def test_points_name_the_layers_after_which_to_cut(federation: Any) -> None:
 def test_balance_moves_the_cut(federation: Any) -> None:
     counts = []
     for balance in ("parameters", "compute"):
-        fed = federation(width=8, depth=6)
+        fed = federation(num_clients=1, input_shape=(1, 16, 16), norm="none", **SMALL)
         fed.fuse(fusefl_of(balance=balance, head=Head(kind="ensemble")))
         counts.append([len(fed.upload(f"block_{k}", IDS[0]).group("block")) for k in (0, 1)])
-    by_parameters, by_compute = counts
-    assert sum(by_parameters) == sum(by_compute)
-    assert by_parameters[0] > by_compute[0]
+    # Weights of the four convolutions: 36, 144, 288, 576; positions: 256, 256, 64, 64. A weight and a bias each.
+    assert counts == [[6, 2], [4, 4]]
 
 
 def test_answers_are_shared_between_heads(federation: Any) -> None:

@@ -108,7 +108,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Args:
         module: changed in place.
-        state: name to tensor; keys, shapes and dtypes must agree with the module's own.
+        state: name to tensor; keys and shapes must agree with the module's own; other
+            precisions are turned into its own.
 
     Raises:
         ModelError: they do not.
@@ -122,8 +123,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
+            have, want = tuple(tensor.shape), tuple(own[name].shape)
             raise ModelError(
-                f'the weights do not fit the model: "{name}" has shape {tuple(tensor.shape)}, wanted {tuple(own[name].shape)}',
+                f'the weights do not fit the model: "{name}" has shape {have}, wanted {want}',
                 fix="use weights of the same architecture",
             )
     module.load_state_dict(dict(state))

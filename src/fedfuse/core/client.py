@@ -221,7 +221,7 @@ def perform(request: Request, side: ClientSide, progress: Callable[[int, int], N
                 fix="use @client_task(..., state=True)",
             )
         data = upload.encode()
-    except Exception as error:  # whatever a task of anybody's does, it costs only this client
+    except (Exception, SystemExit) as error:  # whatever a task of anybody's does, it costs only this client
         reason = (
             str(error) if isinstance(error, FedfuseError) else f"{type(error).__name__}: {error} ({_last_place(error)})"
         )

@@ -457,22 +457,29 @@ def _expected_bytes(value: Tensor | TensorSpec | type) -> int:
 def _mismatch(value: Value, expected: Tensor | TensorSpec | type | None) -> str:
     """Why a value is not acceptable; empty if it is."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if _has_holes(value):
             return "it holds NaN or infinite values"
         if isinstance(expected, type):
             return f"it is a tensor, wanted a {expected.__name__}"
-        if expected is None:
-            return ""
-        if value.dtype != expected.dtype:
+        if expected is not None and value.dtype != expected.dtype:
             return f"its dtype is {value.dtype}, wanted {expected.dtype}"
-        shape = tuple(expected.shape)
-        fits = len(shape) == value.ndim and all(
-            want in (None, have) for want, have in zip(shape, value.shape, strict=True)
-        )
-        return "" if fits else f"its shape is {tuple(value.shape)}, wanted {shape}"
+        if expected is not None and not _fits(tuple(value.shape), tuple(expected.shape)):
+            return f"its shape is {tuple(value.shape)}, wanted {tuple(expected.shape)}"
+        return ""
     if isinstance(value, float) and not math.isfinite(value):
         return "it holds NaN or infinite values"
     if expected is not None and (not isinstance(expected, type) or type(value) is not expected):
         wanted = expected.__name__ if isinstance(expected, type) else "tensor"
         return f"it is a {type(value).__name__}, wanted a {wanted}"
     return ""
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(want in (None, have) for want, have in zip(wanted, shape, strict=True))
+
+
+def _has_holes(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return False
+    # Torch stores numbers of 8 bits but can hardly compute with them.
+    return not bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())

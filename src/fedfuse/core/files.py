@@ -21,12 +21,14 @@ def write_atomically(path: Path, data: bytes, *, syncs_folder: bool = True) -> N
     Raises:
         JournalError: the disk is full or may not be written; the old file, if any, is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            # A temporary file is private; the one that takes its name is not.
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -45,3 +47,9 @@ def write_atomically(path: Path, data: bytes, *, syncs_folder: bool = True) -> N
             where=str(path),
             fix="free disk space or name another folder, then run the same command again",
         ) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -99,6 +99,8 @@ class Journal:
     def close(self) -> None:
         """Let other processes use the folder."""
         if self._lock is not None:
+            # Unlocked by hand: worker processes have inherited the open file and would keep the lock.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import types
@@ -245,6 +246,8 @@ class TaskView:
             return types.MethodType(attribute, self)
         if isinstance(attribute, property) and attribute.fget:
             return attribute.fget(self)
+        if isinstance(attribute, functools.cached_property):
+            return attribute.func(self)
         return getattr(cls, name)
 
     def __setattr__(self, name: str, value: object) -> None:

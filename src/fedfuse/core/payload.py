@@ -65,6 +65,8 @@ class Payload(MutableMapping[str, Value]):
                     fix="send dense real tensors",
                 )
             value = value.detach()
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise PayloadError(f'"{key}" is an integer beyond 64 bits', fix="send it as a float or a string")
         elif not isinstance(value, (bool, int, float, str)):
             raise PayloadError(
                 f'"{key}" is a {type(value).__name__}', fix="a payload holds tensors, bool, int, float and str only"
@@ -220,11 +222,20 @@ def check_key(key: str) -> None:
     Raises:
         PayloadError: it is none.
     """
-    if not isinstance(key, str) or len(key) > _MAX_KEY_LENGTH or not _KEY.match(key):
+    if not isinstance(key, str) or len(key) > _MAX_KEY_LENGTH or not _KEY.match(key) or not _is_encodable(key):
         raise PayloadError(
             f"{key!r:.80} is no key of a payload",
             fix=f'use "group/name": printable, at most {_MAX_KEY_LENGTH} characters, no * ? [ ] and no empty part',
         )
+
+
+def _is_encodable(key: str) -> bool:
+    """The format keeps one name of its header for itself, and all names as UTF-8."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return key != "__metadata__"
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
@@ -280,7 +291,7 @@ def _scalars(header: Mapping[str, Any]) -> dict[str, Scalar]:
     try:
         found = json.loads(metadata.get(_SCALARS, "{}"))
         return {key: _scalar_from_json(value) for key, value in found.items()}
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         raise PayloadError(
             "the bytes are not a payload: its scalars are broken", fix="send what Payload.encode() gives"
         ) from None

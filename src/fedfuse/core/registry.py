@@ -55,7 +55,8 @@ class Registry(Generic[T]):
                     fix="give one of them another name",
                 )
             self._entries[name] = entry
-            self._facts[name] = dict(facts)
+            # A plug-in that registers itself when it is loaded is registered once more, without its facts.
+            self._facts[name] = dict(facts) or self._facts.get(name, {})
             return entry
 
         return add
@@ -100,9 +101,8 @@ class Registry(Generic[T]):
         for point in importlib.metadata.entry_points(group=self.home):
             # A broken plug-in must not take the built-in names down with it; it is told when it is asked for.
             try:
-                loaded = point.load()
-                if point.name not in self._entries:
-                    self.register(point.name)(loaded)
+                # Loading a plug-in usually registers it already; the same thing twice is fine, two things are not.
+                self.register(point.name)(point.load())
             except RegistryError:
                 raise
             except Exception as error:

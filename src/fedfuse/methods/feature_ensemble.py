@@ -63,6 +63,8 @@ class FeatureEnsemble(LocalTraining):
             cohort: the clients.
             job: says which model each client owns.
         """
+        specs = {client_id: job.model_of(client_id) for client_id in cohort.client_ids}
+        self.head.check([cut_spec(spec, 1).head.in_features for spec in specs.values()])
         replies = self.local_models(cohort, job)
         blocks: list[nn.Module] = []
         heads: list[nn.Linear] = []

@@ -45,6 +45,7 @@ class FedAvg(LocalTraining):
             cohort: the clients.
             job: the common model.
         """
+        check_homogeneous(job)
         if self.num_rounds == 1:
             return Fused(model=average(self.local_models(cohort, job), job))
         return self.rounds(cohort, job, self.train_local)
@@ -57,6 +58,7 @@ class FedAvg(LocalTraining):
             job: the common model.
             task: trains from ``model/*`` for ``num_epochs`` and uploads ``model/*``.
         """
+        check_homogeneous(job)
         message, expect = Payload(), model_expectation(job.model)
         for number in range(self.num_rounds):
             message["num_epochs"] = self.local.share(number, self.num_rounds)
@@ -72,9 +74,18 @@ def average(replies: Replies, job: Job) -> Artifact:
     Args:
         replies: uploads with ``model/*`` and ``num_examples``.
         job: the common model.
+    """
+    return Artifact.of(job.model, fuse_uploads(replies.uploads(), Mean(), example_weights(replies)))
+
+
+def check_homogeneous(job: Job) -> None:
+    """Refuse clients that own different models, before any of them works.
+
+    Args:
+        job: says which model each client owns.
 
     Raises:
-        ConfigError: clients own different models.
+        ConfigError: some do.
     """
     if job.client_models:
         raise ConfigError(
@@ -82,4 +93,3 @@ def average(replies: Replies, job: Job) -> Artifact:
             where="model.clients",
             fix="use a method for heterogeneous models, such as ensemble or fusefl",
         )
-    return Artifact.of(job.model, fuse_uploads(replies.uploads(), Mean(), example_weights(replies)))

@@ -23,7 +23,7 @@ from fedfuse.methods.heads import Head
 from fedfuse.methods.tasks import MOMENT_UPLOADS, moments_expectation, moments_upload, read_moments
 from fedfuse.models import with_width
 from fedfuse.models.blocks import Pieces, cut_spec
-from fedfuse.models.fused import Adaptor, Column, FusedBlocks, Level, channel_dim
+from fedfuse.models.fused import Adaptor, Column, FusedBlocks, Level, channel_dim, check_side_by_side
 from fedfuse.ops.moments import pool
 from fedfuse.training import LocalSGD, predict, train
 
@@ -118,7 +118,9 @@ class FuseFL(Method):
             _restore(block, client.state.group(f"own/{level + offset}"))
         _restore(head, client.state.group("head"))
         frozen = fused_levels(client.state, level, pieces) if level else None
-        stage = Stage(self._adaptor(level, spec, client.state), blocks, head, self.feature_dropout)
+        with client.rng.ambient("adaptor"):
+            adaptor = self._adaptor(level, spec, client.state)
+        stage = Stage(adaptor, blocks, head, self.feature_dropout)
         curves = self._train(stage, frozen, client, int(msg.number("num_epochs")))
         upload = Payload({"num_examples": len(client.data.train)})
         upload.put_group("block", detached_state(blocks[0])).put_group("curve", curves)
@@ -156,6 +158,7 @@ class FuseFL(Method):
         width = self.width_for(job, len(cohort.client_ids))
         terms = Payload({"width": width})
         specs = {client_id: _resized(job.model_of(client_id), terms) for client_id in cohort.client_ids}
+        self._check({client_id: self._pieces(spec) for client_id, spec in specs.items()})
         levels: list[Payload] = []
         received: dict[str, int] = dict.fromkeys(cohort.client_ids, 0)
         replies = None
@@ -230,9 +233,19 @@ class FuseFL(Method):
         pieces = self._pieces(spec)
         total = num_clients * sum(_num_parameters(block) for block in pieces.blocks)
         for k in range(1, self.num_blocks):
-            channels, ndim = self._pieces(spec).interfaces[k - 1]
+            channels, ndim = pieces.interfaces[k - 1]
             total += num_clients * _num_parameters(Adaptor(self.adaptor, [channels] * num_clients, channels, ndim))
         return total + (pieces.head.in_features * num_clients + 1) * pieces.head.out_features
+
+    def _check(self, pieces: Mapping[str, Pieces]) -> None:
+        """Find what cannot be fused before any client works."""
+        self.head.check([each.head.in_features for each in pieces.values()])
+        for k in range(1, self.num_blocks):
+            check_side_by_side([each.shapes[k - 1] for each in pieces.values()])
+            widths = [each.interfaces[k - 1][0] for each in pieces.values()]
+            with torch.device("meta"):
+                for each in pieces.values():
+                    Adaptor(self.adaptor, widths, *each.interfaces[k - 1])
 
     def _pieces(self, spec: ModelSpec) -> Pieces:
         return cut_spec(spec, self.num_blocks, balance=self.balance, points=self.points)

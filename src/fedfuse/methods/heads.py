@@ -22,6 +22,9 @@ from fedfuse.training import LocalSGD, train
 HeadKind = Literal["lda", "calibrated", "average", "ensemble"]
 FeatureKind = Literal["auto", "mean", "concat"]
 
+DIFFERENT_WIDTHS = "heads of different widths cannot be averaged"
+OTHER_HEADS = "use head.kind: lda or ensemble for clients with different models"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
@@ -76,6 +79,24 @@ class Head:
         if self.features != "auto":
             return self.features
         return "concat" if self.kind in ("lda", "ensemble") else "mean"
+
+    def check(self, widths: Sequence[int]) -> None:
+        """Refuse columns that this head cannot join.
+
+        Args:
+            widths: features of each column.
+
+        Raises:
+            ModelError: they differ, and the head averages them.
+        """
+        if self.sees == "mean" and len(set(widths)) > 1:
+            if self.kind == "lda":
+                raise ModelError(
+                    "features of different widths cannot be averaged",
+                    where="method.head",
+                    fix="use head.features: concat",
+                )
+            raise ModelError(DIFFERENT_WIDTHS, where="method.head", fix=OTHER_HEADS)
 
     def make(self, heads: Sequence[nn.Linear], moments: Moments | None, job: Job) -> nn.Linear:
         """Make the head.
@@ -141,8 +162,8 @@ def average_head(heads: Sequence[nn.Linear]) -> nn.Linear:
     """
     if len({head.in_features for head in heads}) > 1:
         raise ModelError(
-            "heads of different widths cannot be averaged",
-            fix="use head.kind: lda or ensemble for clients with different models",
+            DIFFERENT_WIDTHS,
+            fix=OTHER_HEADS,
         )
     weights = torch.stack([head.weight.detach().double() for head in heads]).mean(0)
     return linear(weights, torch.stack([_bias(head) for head in heads]).mean(0))

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fedfuse.core.artifact import ModelSpec, Recipe, build
 from fedfuse.core.errors import ModelError
 from fedfuse.core.registry import register_recipe
+from fedfuse.core.seeding import Rng
 from fedfuse.models.tracing import run, submodule, trace
 
 Balance = Literal["parameters", "compute"]
@@ -47,8 +48,8 @@ _TRAILING_MODULES = (
 )
 _TRAILING_FUNCTIONS = {
     "relu", "relu_", "gelu", "silu", "leaky_relu", "tanh", "sigmoid", "elu", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "flatten", "dropout", "mean", "view", "reshape", "squeeze", "transpose",
-    "permute",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "flatten", "dropout", "mean", "view", "reshape", "squeeze",
+    "transpose", "permute",
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ class Pieces:
         head_name: its name in the model.
         recipes: what rebuilds each block.
         points: names of the graph's nodes after which it was cut.
-        interfaces: channels and dimensions (with the batch) of each block's output.
+        shapes: shape of each block's output, without the batch.
     """
 
     blocks: list[nn.Module]
@@ -70,7 +71,12 @@ class Pieces:
     head_name: str
     recipes: list[dict[str, Any]]
     points: tuple[str, ...]
-    interfaces: list[tuple[int, int]]
+    shapes: list[tuple[int, ...]]
+
+    @property
+    def interfaces(self) -> list[tuple[int, int]]:
+        """Channels, and dimensions with the batch, of each block's output; tokens ``(t, d)`` have theirs last."""
+        return [(shape[1] if len(shape) == 2 else shape[0], len(shape) + 1) for shape in self.shapes]
 
     def copy(self) -> Pieces:
         """Pieces of one's own, to train or to load weights into."""
@@ -188,7 +194,10 @@ def build_block(recipe: Mapping[str, Any]) -> nn.Module:
 @lru_cache(maxsize=32)
 def _rebuilt(facts: str) -> list[nn.Module]:
     of, input_shape, points = json.loads(facts)
-    return cut(build(of), len(points) + 1, torch.zeros(2, *input_shape), points=points, recipe=of).blocks
+    # Under a generator of its own: what others draw must not depend on what is remembered here.
+    with Rng(0).ambient("fresh weights"):
+        whole = build(of)
+    return cut(whole, len(points) + 1, torch.zeros(2, *input_shape), points=points, recipe=of).blocks
 
 
 class _Cuttable:
@@ -325,7 +334,7 @@ class _Cuttable:
             for k in range(len(blocks))
         ]
         outputs = [self.values[self.nodes[end]] for end in ends]
-        interfaces = [(int(out.shape[2 if out.ndim == 3 else 1]), out.ndim) for out in outputs]
+        shapes = [tuple(out.shape[1:]) for out in outputs]
         assert isinstance(self.head, nn.Linear)
         return Pieces(
             [copy.deepcopy(block) for block in blocks],
@@ -333,7 +342,7 @@ class _Cuttable:
             self.head_name,
             recipes,
             points,
-            interfaces,
+            shapes,
         )
 
     def _block(self, start: int, end: int) -> fx.GraphModule:

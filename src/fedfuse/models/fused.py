@@ -7,13 +7,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedfuse.core.artifact import Recipe, build
 from fedfuse.core.errors import ModelError
 from fedfuse.core.registry import register_recipe
+from fedfuse.models.parallel import parallel, runs_joined
 
 ADAPTORS = ("conv1x1", "mean", "attention")
 FEATURES = ("mean", "concat")
+
+
+def check_side_by_side(shapes: Sequence[Sequence[int]]) -> None:
+    """Refuse maps that differ in more than their channels.
+
+    Args:
+        shapes: without the batch, one per column.
+
+    Raises:
+        ModelError: they do.
+    """
+    around = {
+        (*shape[: channel_dim(len(shape) + 1) - 1], -1, *shape[channel_dim(len(shape) + 1) :])
+        for shape in map(tuple, shapes)
+    }
+    if len(around) > 1:
+        raise ModelError(
+            f"blocks of one level end in maps that do not fit side by side: {sorted(set(map(tuple, shapes)))}",
+            fix="cut the clients' models at places of equal spatial size (method.points), or use other models",
+        )
 
 
 def channel_dim(ndim: int) -> int:
@@ -136,15 +158,36 @@ class Level(nn.Module):
         Raises:
             ModelError: the maps differ in more than their channels.
         """
-        maps = [column(x) for column in self.columns]
-        dim = channel_dim(maps[0].ndim)
-        shapes = {tuple(m.shape[:dim]) + tuple(m.shape[dim + 1 :]) for m in maps}
-        if len(shapes) > 1 or len({m.ndim for m in maps}) > 1:
-            raise ModelError(
-                f"blocks of one level end in maps that do not fit side by side: {sorted({tuple(m.shape[1:]) for m in maps})}",
-                fix="cut the clients' models at places of equal spatial size (method.points), or use other models",
-            )
-        return torch.cat(maps, dim)
+        maps = self._side_by_side(x) if self._is_plain(x) else [column(x) for column in self.columns]
+        check_side_by_side([m.shape[1:] for m in maps])
+        return torch.cat(maps, channel_dim(maps[0].ndim)) if len(maps) > 1 else maps[0]
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether only the outputs count: no gradient, no batch statistics, nobody who traces or looks inside."""
+        if self.training or torch.is_grad_enabled() or len(self.columns) < 2 or x.dtype != torch.float32:
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+
+    def _side_by_side(self, x: Tensor) -> list[Tensor]:
+        """The columns' maps, each one apart or all joined in one.
+
+        Nothing is kept from one call to the next, so that no change of the weights can be missed; to join the weights
+        costs little beside a batch of inputs.
+        """
+        columns = _columns(self)
+        blocks = [column.block for column in columns]
+        inputs = _inputs([column.adaptor for column in columns], x)
+        one, is_shared = inputs[0], len(inputs) == 1
+        if all(i.shape == one.shape for i in inputs) and runs_joined(blocks, one):
+            together = parallel(blocks, ndim=one.ndim, shared=is_shared)
+            if together is not None:
+                return [together(one if is_shared else torch.cat(inputs, channel_dim(one.ndim)))]
+        each = inputs * (len(blocks) if is_shared else 1)
+        return [
+            (parallel([block], ndim=i.ndim, shared=True) or block)(i) for block, i in zip(blocks, each, strict=True)
+        ]
 
 
 class FusedBlocks(nn.Module):
@@ -210,6 +253,23 @@ class FusedBlocks(nn.Module):
 def _columns(level: nn.Module) -> list[Column]:
     assert isinstance(level, Level)
     return [column for column in level.columns if isinstance(column, Column)]
+
+
+def _inputs(adaptors: Sequence[Adaptor | None], x: Tensor) -> list[Tensor]:
+    """What the adaptors make of their common input: one tensor where it is the same for all columns."""
+    given = [adaptor for adaptor in adaptors if adaptor is not None]
+    kinds = {(adaptor.kind, adaptor.num_channels, adaptor.ndim) for adaptor in given}
+    if not given:
+        return [x]
+    if len(given) < len(adaptors) or len(kinds) > 1 or given[0].kind == "attention":
+        return [x if adaptor is None else adaptor(x) for adaptor in adaptors]
+    if given[0].kind == "mean":
+        return [given[0](x)]
+    # All 1x1 convolutions read the same maps: they are one convolution.
+    mixes: list[Any] = [adaptor.mix for adaptor in given]
+    weight, bias = torch.cat([m.weight for m in mixes]), torch.cat([m.bias for m in mixes])
+    mixed = F.conv2d(x, weight, bias) if given[0].ndim == 4 else F.linear(x, weight, bias)
+    return list(mixed.split([len(m.weight) for m in mixes], channel_dim(x.ndim)))
 
 
 def _out(adaptor: Adaptor | None) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,130 +15,20 @@ from fedfuse.core.artifact import ModelSpec, Recipe, detached_state, load_state
 from fedfuse.core.errors import ArtifactError, FedfuseError, ModelError
 from fedfuse.core.registry import register_recipe
 from fedfuse.core.seeding import Rng
+from fedfuse.models.graph_net import build_graph, lookup
 from fedfuse.models.layers import (
-    FUNCTIONS,
     METHODS,
-    build_layer,
     describe_layer,
     dtype_name,
-    dtype_of,
     function_name,
 )
 from fedfuse.models.tracing import trace
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\Z")
 _MAX_CONSTANT = 4096
 
 
 class _Indescribable(Exception):
     """Something in a module has no place in a recipe."""
-
-
-class GraphNet(nn.Module):
-    """Runs the steps of a recipe one after another; no code is made of them.
-
-    Args:
-        steps: what a recipe of kind ``graph`` holds under that name.
-    """
-
-    def __init__(self, steps: list[dict[str, Any]]) -> None:
-        super().__init__()
-        self._steps = [_checked(step) for step in steps]
-
-    def forward(self, x: Tensor) -> Any:
-        """Run all steps.
-
-        Args:
-            x: the input.
-
-        Returns:
-            What the described module returns.
-
-        Raises:
-            ArtifactError: no step gives the output.
-        """
-        values: dict[str, Any] = {}
-        for step in self._steps:
-            op, target = step["op"], step.get("target", "")
-            args = _decode(step.get("args", []), values)
-            kwargs = {key: _decode(given, values) for key, given in step.get("kwargs", {}).items()}
-            if op == "input":
-                value: Any = x
-            elif op == "output":
-                return args[0]
-            elif op == "layer":
-                value = self.get_submodule(target)(*args, **kwargs)
-            elif op == "tensor":
-                value = _lookup(self, target)
-            elif op == "function":
-                value = FUNCTIONS[target](*args, **kwargs)
-            else:
-                if not isinstance(args[0], (Tensor, fx.Proxy)):
-                    raise ArtifactError(
-                        f'the recipe calls "{target}" on no tensor', fix="use an artifact that fedfuse wrote"
-                    )
-                value = getattr(args[0], target)(*args[1:], **kwargs)
-            values[step["name"]] = value
-        raise ArtifactError("the recipe has no output", fix="use an artifact that fedfuse wrote")
-
-
-def _checked(step: Mapping[str, Any]) -> dict[str, Any]:
-    op, target = step["op"], step.get("target", "")
-    allowed = {
-        "input": lambda: True,
-        "output": lambda: True,
-        "layer": lambda: _PATH.match(target),
-        "tensor": lambda: _PATH.match(target),
-        "function": lambda: target in FUNCTIONS,
-        "method": lambda: target in METHODS,
-    }.get(op, lambda: False)
-    if not isinstance(target, str) or not allowed() or not _NAME.match(step["name"]):
-        raise ArtifactError(
-            f"the recipe asks for {op!r:.20} {target!r:.60}, which recipes may not use",
-            fix="use an artifact that fedfuse wrote",
-        )
-    return dict(step)
-
-
-@register_recipe("graph")
-def build_graph(recipe: Mapping[str, Any]) -> nn.Module:
-    """Build a module from the description of its graph.
-
-    Args:
-        recipe: ``layers``, ``tensors`` and ``steps``, as :func:`describe` gave them.
-
-    Returns:
-        The module with fresh weights; parameters that were frozen are frozen.
-    """
-    module = GraphNet(recipe["steps"])
-    for path, facts in recipe["layers"]:
-        _home(module, path).add_module(path.rsplit(".", 1)[-1], build_layer(facts))
-    for path, facts in recipe["tensors"]:
-        dtype = dtype_of(facts["dtype"])
-        values = facts.get("values")
-        tensor = (
-            torch.zeros(facts["shape"], dtype=dtype) if values is None else torch.tensor(_finite(values), dtype=dtype)
-        )
-        home, name = _home(module, path), path.rsplit(".", 1)[-1]
-        if facts["role"] == "parameter":
-            home.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
-        else:
-            home.register_buffer(name, tensor.reshape(facts["shape"]), persistent=facts["role"] == "buffer")
-    for name in recipe.get("frozen", []):
-        module.get_parameter(name).requires_grad_(False)
-    return module
-
-
-def _home(module: nn.Module, path: str) -> nn.Module:
-    """The container that a path stands in, made if it is not there."""
-    if not isinstance(path, str) or not _PATH.match(path):
-        raise ArtifactError(f"the recipe has the name {path!r:.60}", fix="use an artifact that fedfuse wrote")
-    for part in path.split(".")[:-1]:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    return module
 
 
 def describe(module: nn.Module, example: Tensor) -> Recipe | None:
@@ -157,23 +46,21 @@ def describe(module: nn.Module, example: Tensor) -> Recipe | None:
     """
     copied = copy.deepcopy(module).cpu()
     try:
-        recipe: Recipe = json.loads(json.dumps(_describe(copied, example), allow_nan=False))
-        return recipe if _is_same(copied, recipe, example) else None
+        # Rebuilding draws weights; nobody's generator may move for it.
+        with Rng(0).ambient("describe"):
+            recipe: Recipe = json.loads(json.dumps(_describe(copied, example), allow_nan=False))
+            return recipe if _is_same(copied, recipe, example) else None
     except (FedfuseError, _Indescribable, RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError):
         return None
 
 
 def _describe(module: nn.Module, example: Tensor) -> dict[str, Any]:
-    parts = dict(module.named_modules(remove_duplicate=False))
-    parameters = list(module.named_parameters(remove_duplicate=False))
-    # A tensor under two names would be two tensors after loading, and hooks are code.
-    if len({id(p) for _, p in parameters}) < len(parameters) or any(
-        m._forward_hooks or m._forward_pre_hooks for m in parts.values()
-    ):
+    # Hooks are code.
+    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
         raise _Indescribable
     layers: list[list[Any]] = []
     tensors: list[list[Any]] = []
-    _walk(module, "", layers, tensors)
+    _walk(module, "", layers, tensors, {})
     graph = trace(module)
     known = {path for path, _ in layers}
     if not {str(n.target) for n in graph.nodes if n.op == "call_module"} <= known:
@@ -181,18 +68,38 @@ def _describe(module: nn.Module, example: Tensor) -> dict[str, Any]:
     named = {path for path, _ in tensors}
     for node in graph.nodes:
         target = str(node.target)
-        if node.op == "get_attr" and target not in named:
-            value = _lookup(module, target)
-            # What belongs to a layer is found there; the rest is a constant that no state dict holds.
-            if target.rsplit(".", 1)[0] not in known:
-                tensors.append([target, _tensor(value, "constant")])
-                named.add(target)
-    frozen = [name for name, p in parameters if not p.requires_grad]
-    steps = [_step(node) for node in graph.nodes]
-    return {"kind": "graph", "layers": layers, "tensors": tensors, "frozen": frozen, "steps": steps}
+        # What belongs to a layer is found there; what is no parameter and no buffer is a constant.
+        if node.op == "get_attr" and target not in named and target.rpartition(".")[0] not in known:
+            tensors.append([target, _tensor(lookup(module, target), "constant")])
+            named.add(target)
+    return {
+        "kind": "graph",
+        "layers": layers,
+        "tensors": tensors,
+        "ties": _ties(module),
+        "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+        "steps": [_step(node) for node in graph.nodes],
+    }
 
 
-def _walk(module: nn.Module, path: str, layers: list[list[Any]], tensors: list[list[Any]]) -> None:
+def _ties(module: nn.Module) -> list[list[str]]:
+    """Parameters that are another one; those of a layer used under two names are not among them."""
+    first: dict[int, str] = {}
+    ties = []
+    for path, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if parameter is not None and first.setdefault(id(parameter), full) != full:
+                ties.append([full, first[id(parameter)]])
+    return ties
+
+
+def _walk(
+    module: nn.Module, path: str, layers: list[list[Any]], tensors: list[list[Any]], seen: dict[int, str]
+) -> None:
+    if seen.setdefault(id(module), path) != path:
+        layers.append([path, {"same_as": seen[id(module)]}])
+        return
     facts = describe_layer(module)
     if facts is not None and path:
         layers.append([path, facts])
@@ -207,7 +114,7 @@ def _walk(module: nn.Module, path: str, layers: list[list[Any]], tensors: list[l
             tensors.append([prefix + name, _tensor(buffer, role)])
     for name, child in module._modules.items():
         if child is not None:
-            _walk(child, prefix + name, layers, tensors)
+            _walk(child, prefix + name, layers, tensors, seen)
 
 
 def _tensor(value: Tensor, role: str) -> dict[str, Any]:
@@ -221,18 +128,6 @@ def _tensor(value: Tensor, role: str) -> dict[str, Any]:
 
 def _number(value: Any) -> Any:
     return {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _finite(values: list[Any]) -> list[Any]:
-    return [float(v["float"]) if isinstance(v, dict) else v for v in values]
-
-
-def _lookup(module: nn.Module, path: str) -> Tensor:
-    home, _, name = path.rpartition(".")
-    value = getattr(module.get_submodule(home), name)
-    if not isinstance(value, Tensor):
-        raise _Indescribable
-    return value
 
 
 def _step(node: fx.Node) -> dict[str, Any]:
@@ -249,7 +144,7 @@ def _step(node: fx.Node) -> dict[str, Any]:
         step["target"] = str(node.target)
     if op == "function":
         step["target"] = function_name(node.target)
-    if op == "method" and node.target not in METHODS or op == "function" and step["target"] is None:
+    if (op == "method" and node.target not in METHODS) or (op == "function" and step["target"] is None):
         raise _Indescribable
     if node.args and op != "input":
         step["args"] = [_encode(arg) for arg in node.args]
@@ -277,36 +172,14 @@ def _encode(value: Any) -> Any:
         return {"ellipsis": True}
     if isinstance(value, torch.dtype):
         return {"dtype": dtype_name(value)}
-    if isinstance(value, torch.device) and value.type == "cpu":
-        return {"device": "cpu"}
     raise _Indescribable
-
-
-def _decode(value: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(value, list):
-        return [_decode(v, values) for v in value]
-    if not isinstance(value, dict):
-        return value
-    ((tag, inner),) = value.items()
-    if tag == "node":
-        return values[inner]
-    if tag == "tuple":
-        return tuple(_decode(v, values) for v in inner)
-    if tag == "slice":
-        return slice(*(_decode(v, values) for v in inner))
-    return {
-        "ellipsis": lambda: Ellipsis,
-        "dtype": lambda: dtype_of(inner),
-        "device": lambda: torch.device("cpu"),
-        "float": lambda: float(inner),
-    }[tag]()
 
 
 def _is_same(module: nn.Module, recipe: Recipe, example: Tensor) -> bool:
     """Whether the recipe rebuilds to the same weights by name and the same numbers, for two sizes of the batch."""
     rebuilt = build_graph(recipe)
     state, other = module.state_dict(), rebuilt.state_dict()
-    if [(k, v.shape, v.dtype) for k, v in state.items()] != [(k, v.shape, v.dtype) for k, v in other.items()]:
+    if {k: (v.shape, v.dtype) for k, v in state.items()} != {k: (v.shape, v.dtype) for k, v in other.items()}:
         return False
     load_state(rebuilt, state)
     for training in (False, True):

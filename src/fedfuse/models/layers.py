@@ -16,53 +16,56 @@ from torch.nn import functional as F
 
 from fedfuse.core.errors import ArtifactError, ModelError
 
-LAYERS = frozenset(
-    """
-    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d
-    AlphaDropout AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear CELU ChannelShuffle
-    ConstantPad1d ConstantPad2d Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d CosineSimilarity
-    Dropout Dropout1d Dropout2d Dropout3d ELU Embedding FeatureAlphaDropout Flatten Fold GELU GLU GRU GroupNorm
-    Hardshrink Hardsigmoid Hardswish Hardtanh Identity InstanceNorm1d InstanceNorm2d InstanceNorm3d LSTM LayerNorm
-    LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax MaxPool1d MaxPool2d MaxPool3d Mish MultiheadAttention
-    PReLU PixelShuffle PixelUnshuffle RMSNorm RNN RReLU ReLU ReLU6 ReflectionPad1d ReflectionPad2d ReplicationPad1d
-    ReplicationPad2d SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold
-    TransformerEncoderLayer Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d
-    """.split()
-)
+_LAYERS = """
+    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d
+    AdaptiveMaxPool3d AlphaDropout AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d Bilinear
+    CELU ChannelShuffle ConstantPad1d ConstantPad2d Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d
+    ConvTranspose3d CosineSimilarity Dropout Dropout1d Dropout2d Dropout3d ELU Embedding FeatureAlphaDropout
+    Flatten Fold GELU GLU GRU GroupNorm Hardshrink Hardsigmoid Hardswish Hardtanh Identity InstanceNorm1d
+    InstanceNorm2d InstanceNorm3d LSTM LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax
+    MaxPool1d MaxPool2d MaxPool3d Mish MultiheadAttention PReLU PixelShuffle PixelUnshuffle RMSNorm RNN RReLU
+    ReLU ReLU6 ReflectionPad1d ReflectionPad2d ReplicationPad1d ReplicationPad2d SELU SiLU Sigmoid Softmax
+    Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold TransformerEncoderLayer Unflatten
+    Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d ZeroPad1d ZeroPad2d
+"""
+LAYERS = frozenset(_LAYERS.split())
 
 _TORCH = """
-    abs add adaptive_avg_pool1d amax amin arange argmax argmin atan baddbmm bmm cat ceil celu celu_ chunk clamp clip
-    concat concatenate conv1d conv2d conv3d cos cumsum cumprod diff div einsum erf exp expm1 eye fft flatten flip floor
-    full_like gather hstack index_select layer_norm lerp log log1p log_softmax logsumexp masked_fill matmul max max_pool1d
-    max_pool2d maximum mean min minimum mm movedim mul multiply narrow neg norm ones ones_like outer permute pow prelu prod
-    reciprocal relu relu_ repeat_interleave reshape roll round rsqrt select selu sigmoid sign sin softmax split sqrt square
-    squeeze stack std sub subtract sum swapaxes t tan tanh tensordot tile topk transpose tril triu unbind unflatten
-    unsqueeze var vstack where zeros zeros_like
-""".split()
+    abs add adaptive_avg_pool1d amax amin arange argmax argmin atan baddbmm bmm cat ceil celu celu_ chunk
+    clamp clip concat concatenate conv1d conv2d conv3d cos cumsum cumprod diff div einsum erf exp expm1 eye
+    fft flatten flip floor full_like gather hstack index_select layer_norm lerp log log1p log_softmax
+    logsumexp masked_fill matmul max max_pool1d max_pool2d maximum mean min minimum mm movedim mul multiply
+    narrow neg norm ones ones_like outer permute pow prelu prod reciprocal relu relu_ repeat_interleave
+    reshape roll round rsqrt select selu sigmoid sign sin softmax split sqrt square squeeze stack std sub
+    subtract sum swapaxes t tan tanh tensordot tile topk transpose tril triu unbind unflatten unsqueeze var
+    vstack where zeros zeros_like
+"""
 _F = """
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d avg_pool1d
-    avg_pool2d avg_pool3d batch_norm bilinear celu conv1d conv2d conv3d conv_transpose1d conv_transpose2d cosine_similarity
-    dropout dropout1d dropout2d dropout3d elu elu_ embedding gelu glu group_norm hardsigmoid hardswish hardtanh instance_norm
-    interpolate layer_norm leaky_relu leaky_relu_ linear local_response_norm log_softmax logsigmoid lp_pool2d max_pool1d
-    max_pool2d max_pool3d mish normalize one_hot pad pixel_shuffle pixel_unshuffle prelu relu relu6 relu_ rms_norm
-    scaled_dot_product_attention selu sigmoid silu softmax softmin softplus softsign tanh tanhshrink threshold unfold
-""".split()
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear celu conv1d conv2d conv3d conv_transpose1d
+    conv_transpose2d cosine_similarity dropout dropout1d dropout2d dropout3d elu elu_ embedding gelu glu
+    group_norm hardsigmoid hardswish hardtanh instance_norm interpolate layer_norm leaky_relu leaky_relu_
+    linear local_response_norm log_softmax logsigmoid lp_pool2d max_pool1d max_pool2d max_pool3d mish
+    normalize one_hot pad pixel_shuffle pixel_unshuffle prelu relu relu6 relu_ rms_norm
+    scaled_dot_product_attention selu sigmoid silu softmax softmin softplus softsign tanh tanhshrink threshold
+    unfold
+"""
 _OPERATORS = """
-    add and_ eq floordiv ge getitem gt iadd imul inv invert isub itruediv le lt matmul mod mul ne neg not_ or_ pos pow sub
-    truediv xor
-""".split()
-METHODS = frozenset(
-    """
-    abs add add_ amax amin argmax argmin bmm bool chunk clamp clip contiguous cos cumsum detach diff dim div double exp
-    expand expand_as flatten flip float gather half index_select int item_size log log1p log_softmax logsumexp long
-    masked_fill matmul max mean min mm movedim mul mul_ narrow neg new_ones new_zeros norm numel permute pow prod
-    reciprocal relu relu_ repeat repeat_interleave reshape roll round rsqrt select sigmoid sign sin size softmax split sqrt
-    square squeeze std sub sub_ sum swapaxes t tanh tile to topk transpose tril triu type_as unbind unflatten unfold
-    unsqueeze var view view_as
-    """.split()
-) - {"item_size"}
+    add and_ eq floordiv ge getitem gt iadd imul inv invert isub itruediv le lt matmul mod mul ne neg not_ or_
+    pos pow sub truediv xor
+"""
+_METHODS = """
+    abs add add_ amax amin argmax argmin bfloat16 bmm bool chunk clamp clip contiguous cos cumsum detach diff dim div
+    double exp expand expand_as flatten flip float gather half index_select int log log1p log_softmax
+    logsumexp long masked_fill matmul max mean min mm movedim mul mul_ narrow neg new_ones new_zeros norm
+    numel permute pow prod reciprocal relu relu_ repeat repeat_interleave reshape roll round rsqrt select
+    sigmoid sign sin size softmax split sqrt square squeeze std sub sub_ sum swapaxes t tanh tile to topk
+    transpose tril triu type_as unbind unflatten unfold unsqueeze var view view_as
+"""
+METHODS = frozenset(_METHODS.split())
 _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT"})
 _REFUSED = object()
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def attribute(value: Any, name: str) -> Any:
@@ -83,7 +86,7 @@ def attribute(value: Any, name: str) -> Any:
 def _named() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     for prefix, home, names in (("torch", torch, _TORCH), ("F", F, _F), ("operator", operator, _OPERATORS)):
-        for name in names:
+        for name in names.split():
             function = getattr(home, name, None)
             if callable(function):  # a torch of another version may lack a few
                 found[f"{prefix}.{name}"] = function
@@ -206,7 +209,7 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (tuple, list)) and all(isinstance(v, (bool, int, float)) for v in value):
+    if isinstance(value, (tuple, list)) and all(v is None or isinstance(v, (bool, int, float)) for v in value):
         return list(value)
     return _REFUSED
 

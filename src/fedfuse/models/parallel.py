@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 # Layers that treat every channel, or every number, alone: on joined maps they are what they are on one.
 _PER_CHANNEL: tuple[type[nn.Module], ...] = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _PER_NUMBER: tuple[type[nn.Module], ...] = (
-    nn.ReLU,
     nn.ReLU6,
     nn.LeakyReLU,
     nn.GELU,
@@ -23,12 +22,13 @@ _PER_NUMBER: tuple[type[nn.Module], ...] = (
     nn.Tanh,
     nn.Sigmoid,
     nn.Hardswish,
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
 )
 _RELU: tuple[Any, ...] = (torch.relu, F.relu)
 _ADD: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+
+
+JOINED_NUMBERS = 2**21
+"""Largest size of a joined map for which one pass is faster; see benchmarks/fused_levels.py."""
 
 
 @dataclass(frozen=True)
@@ -95,65 +95,83 @@ def parallel(blocks: Sequence[nn.Module], *, ndim: int, shared: bool) -> Paralle
     Returns:
         What maps inputs to joined outputs; ``None`` where the blocks differ or hold a layer that has no joined form.
     """
-    builder = _Builder.of(blocks, ndim, shared)
-    return None if builder is None else builder.build()
+    graphs = [block for block in blocks if isinstance(block, fx.GraphModule)]
+    if len(graphs) != len(blocks) or len({graph.code for graph in graphs}) != 1:
+        return None
+    try:
+        return _Builder(graphs, _Value(ndim, _in_channels(graphs[0]), shared and len(graphs) > 1, False)).build()
+    except _NoJoinedForm:
+        return None
 
 
-class _NoJoinedForm(Exception):  # noqa: N818
+def runs_joined(blocks: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether one pass for all blocks is faster on a CPU than one after another.
+
+    One pass saves calls, but grouped convolutions lose to single ones where maps no longer fit into the cache. The
+    answer depends on shapes only, so that equal inputs always take the same way and give the same bits.
+
+    Args:
+        blocks: side by side.
+        x: their input, joined or shared.
+    """
+    first = next((p for p in blocks[0].parameters() if p.ndim > 1), None)
+    if first is None:
+        return False
+    positions = x[:, 0].numel() if first.ndim == 4 else len(x)
+    return len(blocks) * first.shape[0] * positions <= JOINED_NUMBERS
+
+
+class _NoJoinedForm(Exception):
     """A block cannot run side by side with others."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Value:
-    """What is known of a value while steps are made: its form, and whether a step may overwrite it."""
+    """What is known of a value while steps are made.
+
+    Args:
+        ndim: dimensions with the batch.
+        channels: of one block; 0 where unknown.
+        is_shared: the same for all blocks.
+        is_fresh: nothing else sees its memory, so that a step may overwrite it.
+    """
 
     ndim: int
+    channels: int
     is_shared: bool
     is_fresh: bool
+
+    def then(self, *, is_fresh: bool, channels: int | None = None) -> _Value:
+        return replace(self, is_fresh=is_fresh, channels=self.channels if channels is None else channels)
 
 
 class _Builder:
     """Makes the steps from the graph of one block and the layers of all."""
 
-    def __init__(self, blocks: Sequence[fx.GraphModule], ndim: int, shared: bool) -> None:
-        self.blocks, self.count = blocks, len(blocks)
-        self.nodes = list(blocks[0].graph.nodes)
+    def __init__(self, blocks: Sequence[fx.GraphModule], entrance: _Value) -> None:
+        self.blocks, self.count, self.entrance = blocks, len(blocks), entrance
         self.known: dict[str, _Value] = {}
-        self.entrance = _Value(ndim, shared and self.count > 1, False)
         self.steps: list[tuple[str, Callable[..., Tensor], tuple[str, ...]]] = []
         # A value under another name: what normalisation becomes when the convolution before it does it.
         self.alias: dict[str, str] = {}
 
-    @classmethod
-    def of(cls, blocks: Sequence[nn.Module], ndim: int, shared: bool) -> _Builder | None:
-        graphs = [block for block in blocks if isinstance(block, fx.GraphModule)]
-        if len(graphs) != len(blocks) or len({graph.code for graph in graphs}) != 1:
-            return None
-        return cls(graphs, ndim, shared)
-
-    def build(self) -> Parallel | None:
+    def build(self) -> Parallel:
         first = last = ""
-        try:
-            for node in self.nodes:
-                if node.op == "placeholder":
-                    first, self.known[node.name] = node.name, self.entrance
-                elif node.op == "output":
-                    last = self._name(node.args[0])
-                elif node.name not in self.alias:
-                    self._add(node)
-        except _NoJoinedForm:
-            return None
+        for node in self.blocks[0].graph.nodes:
+            if node.op == "placeholder":
+                first, self.known[node.name] = node.name, self.entrance
+            elif node.op == "output":
+                last = self._name(node.args[0])
+            elif node.name not in self.alias:
+                self._add(node)
         if self.known[last].is_shared:
-            return None
-        needed: dict[str, int] = {name: i for i, (_, _, inputs) in enumerate(self.steps) for name in inputs}
-        return Parallel(
-            [
-                _Step(name, run, inputs, tuple(sorted({n for n in inputs if needed[n] == i and n != last})))
-                for i, (name, run, inputs) in enumerate(self.steps)
-            ],
-            first,
-            last,
-        )
+            raise _NoJoinedForm
+        needed = {name: i for i, (_, _, inputs) in enumerate(self.steps) for name in inputs}
+        steps = [
+            _Step(name, run, inputs, tuple(sorted({n for n in inputs if needed[n] == i and n != last})))
+            for i, (name, run, inputs) in enumerate(self.steps)
+        ]
+        return Parallel(steps, first, last)
 
     def _name(self, node: Any) -> str:
         if not isinstance(node, fx.Node):
@@ -165,74 +183,77 @@ class _Builder:
         self.steps.append((node.name, run, inputs))
 
     def _add(self, node: fx.Node) -> None:
-        if node.kwargs and not (node.op == "call_function" and node.target in _RELU):
+        is_function = node.op == "call_function"
+        if {key: value for key, value in node.kwargs.items() if (key, value) != ("inplace", False)}:
             raise _NoJoinedForm
-        if node.op == "call_function" and node.target in _ADD and len(node.args) == 2:
+        if is_function and node.target in _ADD and len(node.args) == 2:
             self._add_sum(node)
-        elif node.op == "call_function" and node.target in _RELU:
+        elif is_function and node.target in _RELU and len(node.args) == 1:
             self._add_relu(node)
-        elif node.op == "call_function" and node.target is torch.flatten and node.args[1:] in ((1,), (1, -1)):
+        elif is_function and node.target is torch.flatten and node.args[1:] in ((1,), (1, -1)):
             self._add_flatten(node)
         elif node.op == "call_module" and len(node.args) == 1:
             self._add_layer(node, [block.get_submodule(str(node.target)) for block in self.blocks])
         else:
             raise _NoJoinedForm
 
+    def _may_overwrite(self, node: fx.Node) -> bool:
+        """Whether nothing but this operation needs its first input."""
+        source = node.args[0]
+        return isinstance(source, fx.Node) and len(source.users) == 1 and self.known[self._name(source)].is_fresh
+
     def _add_sum(self, node: fx.Node) -> None:
         a, b = self._name(node.args[0]), self._name(node.args[1])
         left, right = self.known[a], self.known[b]
-        if left.ndim != right.ndim or left.is_shared != right.is_shared or a == b:
+        # Channels that are broadcast would be broadcast over other columns.
+        if (left.ndim, left.channels, left.is_shared) != (right.ndim, right.channels, right.is_shared) or a == b:
             raise _NoJoinedForm
-        value = _Value(left.ndim, left.is_shared, True)
-        if left.is_fresh and self._is_last_use(node, 0):
-            self._put(node, lambda x, y: x.add_(y), value, a, b)
-        else:
-            self._put(node, torch.add, value, a, b)
-
-    def _is_last_use(self, node: fx.Node, argument: int) -> bool:
-        source = node.args[argument]
-        return isinstance(source, fx.Node) and len(source.users) == 1
+        overwrites = self._may_overwrite(node)
+        if not left.channels or (node.target is operator.iadd and not overwrites):
+            raise _NoJoinedForm
+        self._put(node, _add_onto if overwrites else torch.add, left.then(is_fresh=True), a, b)
 
     def _add_relu(self, node: fx.Node) -> None:
         name = self._name(node.args[0])
-        before = self.known[name]
-        run = F.relu_ if before.is_fresh and self._is_last_use(node, 0) else F.relu
-        self._put(node, run, _Value(before.ndim, before.is_shared, True), name)
+        self._put(node, F.relu_ if self._may_overwrite(node) else F.relu, self.known[name].then(is_fresh=True), name)
 
     def _add_flatten(self, node: fx.Node) -> None:
         name = self._name(node.args[0])
         before = self.known[name]
-        if before.ndim == 3:
+        if before.ndim not in (2, 4):
             # Tokens: the columns' channels are innermost and would be mixed with the others' tokens.
             raise _NoJoinedForm
         # A view of what came before may not be overwritten: others may see it.
-        self._put(node, lambda x: x.flatten(1), _Value(2, before.is_shared, False), name)
+        self._put(node, lambda x: x.flatten(1), _Value(2, 0, before.is_shared, False), name)
 
     def _add_layer(self, node: fx.Node, layers: list[nn.Module]) -> None:
-        kind, name = type(layers[0]), self._name(node.args[0])
+        one, kind, name = layers[0], type(layers[0]), self._name(node.args[0])
         before = self.known[name]
-        if any(type(layer) is not kind or _is_special(layer) for layer in layers):
+        if any(type(x) is not kind or _settings(x) != _settings(one) or _is_special(x) for x in layers):
             raise _NoJoinedForm
-        if len({layer.extra_repr() for layer in layers}) != 1:
+        is_map, is_joined = before.ndim == 4, not before.is_shared
+        if kind in (nn.Identity, nn.Dropout, nn.Dropout2d):
+            self._put(node, lambda x: x, before.then(is_fresh=False), name)
+        elif getattr(one, "inplace", False) and not self._may_overwrite(node):
+            # What others read afterwards would have to change too.
             raise _NoJoinedForm
-        if kind is nn.ReLU:
+        elif kind is nn.ReLU:
             self._add_relu(node)
-        elif kind in (nn.Identity, nn.Dropout, nn.Dropout2d):
-            self._put(node, lambda x: x, _Value(before.ndim, before.is_shared, False), name)
-        elif kind in _PER_NUMBER or (kind in _PER_CHANNEL and before.ndim == 4):
-            self._put(node, layers[0], _Value(before.ndim, before.is_shared, kind not in _PER_NUMBER), name)
-        elif isinstance(layers[0], nn.Flatten) and (layers[0].start_dim, layers[0].end_dim) == (1, -1):
+        elif kind in _PER_NUMBER:
+            self._put(node, one, before.then(is_fresh=False), name)
+        elif kind in _PER_CHANNEL and is_map:
+            self._put(node, one, before.then(is_fresh=True), name)
+        elif isinstance(one, nn.Flatten) and (one.start_dim, one.end_dim) == (1, -1):
             self._add_flatten(node)
-        elif kind is nn.Conv2d and before.ndim == 4:
+        elif kind is nn.Conv2d and is_map:
             self._add_convolution(node, layers, before, name)
-        elif kind is nn.Linear and before.ndim == 2:
-            run = self._shared_linear(layers) if before.is_shared else self._linear(layers)
-            self._put(node, run, _Value(2, False, True), name)
-        elif kind is nn.BatchNorm2d and before.ndim == 4 and not before.is_shared:
-            scale, shift = (torch.cat(parts)[:, None, None] for parts in zip(*map(_affine, layers), strict=True))
-            self._put(node, lambda x: torch.addcmul(shift, x, scale), _Value(4, False, True), name)
-        elif kind is nn.GroupNorm and not before.is_shared and before.ndim == 4:
-            self._put(node, self._group_norm(layers), _Value(4, False, True), name)
+        elif isinstance(one, nn.Linear) and kind is nn.Linear and before.ndim == 2:
+            run = _shared_linear(layers) if before.is_shared or self.count == 1 else _linear(layers)
+            self._put(node, run, _Value(2, one.out_features, False, True), name)
+        elif kind is nn.BatchNorm2d and is_map and is_joined:
+            self._put(node, _batch_norm(layers), before.then(is_fresh=True), name)
+        elif kind is nn.GroupNorm and is_map and is_joined:
+            self._put(node, _group_norm(layers), before.then(is_fresh=True), name)
         else:
             raise _NoJoinedForm
 
@@ -255,7 +276,7 @@ class _Builder:
         self._put(
             node,
             lambda x: F.conv2d(x, weight, bias, one.stride, one.padding, one.dilation, groups),
-            _Value(4, False, True),
+            _Value(4, one.out_channels, False, True),
             name,
         )
 
@@ -266,31 +287,57 @@ class _Builder:
             return []
         norms = [block.get_submodule(str(user.target)) for block in self.blocks]
         found = [n for n in norms if type(n) is nn.BatchNorm2d and not _is_special(n)]
-        if len(found) != self.count or len({norm.extra_repr() for norm in found}) != 1:
+        if len(found) != self.count or any(_settings(n) != _settings(found[0]) for n in found):
             return []
         self.alias[user.name] = node.name
         return found
 
-    def _group_norm(self, layers: list[Any]) -> Callable[[Tensor], Tensor]:
-        groups, eps = layers[0].num_groups * self.count, layers[0].eps
-        weight, bias = _joined([x.weight for x in layers]), _joined([x.bias for x in layers])
-        return lambda x: F.group_norm(x, groups, weight, bias, eps)
 
-    def _shared_linear(self, layers: list[Any]) -> Callable[[Tensor], Tensor]:
-        weight, bias = torch.cat([x.weight for x in layers]), _joined([x.bias for x in layers])
-        return lambda x: F.linear(x, weight, bias)
+def _add_onto(x: Tensor, y: Tensor) -> Tensor:
+    return x.add_(y) if x.shape == y.shape else x + y
 
-    def _linear(self, layers: list[Any]) -> Callable[[Tensor], Tensor]:
-        if self.count == 1:
-            return self._shared_linear(layers)
-        weight, bias = torch.stack([x.weight.T for x in layers]), _joined([x.bias for x in layers])
 
-        def run(x: Tensor) -> Tensor:
-            product = torch.bmm(x.unflatten(1, (len(weight), -1)).transpose(0, 1), weight)
-            joined = product.transpose(0, 1).flatten(1)
-            return joined if bias is None else joined.add_(bias)
+def _batch_norm(layers: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    scale, shift = (torch.cat(parts)[:, None, None] for parts in zip(*map(_affine, layers), strict=True))
+    return lambda x: torch.addcmul(shift, x, scale)
 
-        return run
+
+def _group_norm(layers: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    groups, eps = layers[0].num_groups * len(layers), layers[0].eps
+    weight, bias = _joined([x.weight for x in layers]), _joined([x.bias for x in layers])
+    return lambda x: F.group_norm(x, groups, weight, bias, eps)
+
+
+def _shared_linear(layers: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    weight, bias = torch.cat([x.weight for x in layers]), _joined([x.bias for x in layers])
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _linear(layers: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    weight, bias = torch.stack([x.weight for x in layers]).transpose(1, 2), _joined([x.bias for x in layers])
+
+    def run(x: Tensor) -> Tensor:
+        product = torch.bmm(x.unflatten(1, (len(layers), -1)).transpose(0, 1), weight)
+        joined = product.transpose(0, 1).flatten(1)
+        return joined if bias is None else joined.add_(bias)
+
+    return run
+
+
+def _in_channels(block: fx.GraphModule) -> int:
+    """Channels that a block takes, as the layers that read its input say; 0 where none does."""
+    entrance = next(node for node in block.graph.nodes if node.op == "placeholder")
+    for user in entrance.users:
+        layer = block.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(layer, nn.Conv2d):
+            return layer.in_channels
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+    return 0
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(layer).items() if not key.startswith("_")}
 
 
 def _is_special(layer: nn.Module) -> bool:

@@ -21,6 +21,9 @@ class _Tracer(fx.Tracer):
         leaves: modules to take as they are, without looking inside.
     """
 
+    # What is computed from a buffer is part of the graph, not a constant of the moment.
+    proxy_buffer_attributes = True
+
     def __init__(self, leaves: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self._leaves = {id(leaf) for leaf in leaves}
@@ -48,11 +51,12 @@ def trace(module: nn.Module) -> fx.Graph:
         ModelError: the module's own forward cannot be traced, or does different things in training and evaluation
             that are no layers.
     """
+    in_other_mode = copy.deepcopy(module).train(not module.training)
     try:
         graph = _Tracer().trace(module)
     except Exception:
         graph = _trace_around(module)
-    _check_modes(module, graph)
+    _check_modes(in_other_mode, graph)
     return graph
 
 
@@ -79,13 +83,12 @@ def _is_traceable(part: nn.Module, leaves: Iterable[nn.Module]) -> bool:
     return True
 
 
-def _check_modes(module: nn.Module, graph: fx.Graph) -> None:
+def _check_modes(in_other_mode: nn.Module, graph: fx.Graph) -> None:
     """A functional dropout is traced with the mode of the moment and would stay on, or off, for ever."""
-    copied = copy.deepcopy(module).train(not module.training)
     # The same parts are taken as they are, so that only what the mode changes differs.
-    leaves = [copied.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"]
+    leaves = [in_other_mode.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"]
     try:
-        other = _Tracer(leaves).trace(copied)
+        other = _Tracer(leaves).trace(in_other_mode)
     except Exception:
         return
     names = [n.name for n in other.nodes]

@@ -172,7 +172,7 @@ def gaussian_draws(moments: Moments, num_draws: int, generator: torch.Generator)
         if moments.is_per_class:
             covariance = moments.scatter[c] / max(float(moments.counts[c]) - 1, 1.0)
         else:
-            covariance = moments.scatter / max(float(moments.counts.sum()) - len(moments.counts), 1.0)
+            covariance = moments.scatter / max(float(moments.counts.sum() - (moments.counts > 0).sum()), 1.0)
         # An eigendecomposition takes singular covariances too, which few examples and ReLU features give.
         values, vectors = torch.linalg.eigh(covariance)
         root = vectors * values.clamp(min=0).sqrt()

@@ -34,7 +34,7 @@ class ClientRow:
     Args:
         name: client id.
         num_examples: training examples; ``None`` if unknown.
-        label_counts: training examples of each class.
+        label_counts: examples of each class, those of its validation part included.
         accuracy: in [0, 1]; ``None`` if it was not measured.
         accuracy_kind: which model on which data.
     """
@@ -124,8 +124,10 @@ class Run:
 
     @property
     def personal(self) -> bool:
-        """Whether the accuracies are those of the clients' own models."""
-        return any(client.accuracy is not None and client.accuracy_kind.startswith("own") for client in self.clients)
+        """Whether the run's accuracy is the mean over the clients' own models, because nothing was fused."""
+        return not self.confusion and any(
+            client.accuracy is not None and client.accuracy_kind.startswith("own") for client in self.clients
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def holdings_section(run: Run, gallery: Gallery, text: str = "") -> Section | No
         return None
     totals = [sum(row) for row in counts.values()]
     described = (
-        f"Training examples of {len(counts)} clients over {len(run.class_names)} classes; "
+        f"Examples that {len(counts)} clients hold over {len(run.class_names)} classes; "
         f"a client holds {format_count(min(totals))} to {format_count(max(totals))}."
     )
     picture = gallery.hang("who-holds-what", plots.who_holds_what(counts, run.class_names), described)
@@ -62,9 +62,7 @@ def client_picture(run: Run, gallery: Gallery, name: str) -> Markup:
     """
     title = method_title(run.method)
     described = f"Accuracy and number of training examples of each client of {title}. {client_words(run)}".strip()
-    # Without a fused model there is no confusion matrix, and the run's accuracy is the mean over the clients' own.
-    mean = run.personal and not run.confusion
-    figure = plots.client_bars(run.clients, run.missing, run.accuracy, "mean" if mean else "test")
+    figure = plots.client_bars(run.clients, run.missing, run.accuracy, "mean" if run.personal else "test")
     return gallery.hang(name, figure, described)
 
 

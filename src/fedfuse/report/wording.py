@@ -95,7 +95,7 @@ def run_headline(run: Run) -> list[str]:
         sentences.append(
             "There is no test accuracy: the data has no test part, or nothing came out that could be scored."
         )
-    elif run.personal and not run.confusion:
+    elif run.personal:
         average = format_percent(run.accuracy)
         sentences = [f"{title}: the clients' own models reach {average} on average on the test set{cost}."]
     else:

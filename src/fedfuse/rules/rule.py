@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def fuse_uploads(
     if not uploads:
         raise ModelError("there is nothing to fuse", fix="give at least one upload")
     shares = torch.tensor([1.0] * len(uploads) if weights is None else list(weights), dtype=torch.float64)
-    if len(shares) != len(uploads) or bool((shares < 0).any()) or not bool(shares.sum() > 0):
+    if len(shares) != len(uploads) or bool((shares < 0).any()) or not 0 < float(shares.sum()) < math.inf:
         raise ModelError(
             f"{len(shares)} weights for {len(uploads)} uploads: {shares.tolist()}",
             fix="give one weight per upload, none negative, not all zero",
@@ -85,7 +86,8 @@ def _fuse_key(uploads: Sequence[Mapping[str, Value]], key: str, first: Tensor, r
     result = torch.empty_like(first, memory_format=torch.contiguous_format)
     flat = result.view(-1)
     step = max(1, _CHUNK_BYTES // (8 * len(uploads)))
-    for start in range(0, flat.numel(), step):
+    # An empty tensor has one empty chunk, so that the others are compared with it too.
+    for start in range(0, max(1, flat.numel()), step):
         rows = [_chunk(upload, key, first, position, start, start + step) for position, upload in enumerate(uploads)]
         value = rule.fuse(torch.stack(rows), shares)
         flat[start : start + step] = value if first.is_floating_point() else value.round().to(first.dtype)

@@ -44,5 +44,6 @@ class TrimmedMean(Rule):
             >>> TrimmedMean(trim_fraction=0.2).fuse(stack, torch.ones(5)).item()
             2.0
         """
-        num_dropped = int(len(stack) * self.trim_fraction + 1e-9)
+        # One client at least is left, also for a fraction that rounding would take to a half.
+        num_dropped = min(int(len(stack) * self.trim_fraction + 1e-9), (len(stack) - 1) // 2)
         return stack.sort(0).values[num_dropped : len(stack) - num_dropped].mean(0)

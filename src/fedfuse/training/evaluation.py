@@ -27,7 +27,6 @@ class Evaluation:
     confusion: Tensor
 
 
-@torch.inference_mode()
 def predict(
     module: nn.Module | Callable[[Tensor], Tensor],
     x: Tensor,
@@ -50,8 +49,11 @@ def predict(
         module = module.to(device).eval()
     # Channels-last pays for convolutions; a single channel has no layout to choose.
     layout = torch.channels_last if x.ndim == 4 and x.shape[1] > 1 else torch.contiguous_format
-    parts = [module(part.to(device).contiguous(memory_format=layout)).float().cpu() for part in x.split(batch_size)]
-    return torch.cat(parts).clone() if parts else torch.empty(0)
+    with torch.inference_mode():
+        parts = [module(part.to(device).contiguous(memory_format=layout)).float().cpu() for part in x.split(batch_size)]
+        joined = torch.cat(parts) if parts else torch.empty(0)
+    # Outside, so that what is predicted can be trained on.
+    return joined.clone()
 
 
 def evaluate(module: nn.Module, examples: Examples, *, device: torch.device | str = "cpu") -> Evaluation:

@@ -149,7 +149,7 @@ def train(
     stale = 0
     for epoch in range(total):
         module.train()
-        sum_loss = torch.zeros((), device=device)
+        sum_loss, num_seen = torch.zeros((), device=device), 0
         draw = rng.torch("augment", epoch) if augment != "none" else None
         for step, index in enumerate(batches(len(examples), settings.batch_size, rng.torch("shuffle", epoch))):
             if settings.schedule == "cosine":
@@ -167,7 +167,8 @@ def train(
                 nn.utils.clip_grad_norm_(trainable, settings.grad_clip_norm)
             optimizer.step()
             sum_loss += value.detach().float() * len(index)
-        mean_loss = float(sum_loss) / len(examples)
+            num_seen += len(index)
+        mean_loss = float(sum_loss) / num_seen
         if not math.isfinite(mean_loss):
             raise DataError(
                 f"training diverged: the loss is {mean_loss} in epoch {epoch + 1}",

@@ -79,6 +79,12 @@ def test_client_bars_mark_who_is_missing() -> None:
     assert len(figure.axes) == 2
 
 
+def test_client_bars_say_where_a_validation_part_is_not_counted() -> None:
+    whole, split = ClientRow("a", 5, (5,), None, ""), ClientRow("a", 4, (5,), None, "")
+    assert plots.client_bars([whole]).axes[0].get_title("left") == "training examples"
+    assert plots.client_bars([split]).axes[0].get_title("left") == "training examples, without the validation part"
+
+
 def test_client_bars_without_accuracy_are_one_panel() -> None:
     assert len(plots.client_bars([ClientRow("a", 5, (5,), None, "")]).axes) == 1
 

@@ -74,7 +74,8 @@ def client_bars(
     _bars(bottom, names, sizes, QUIET, format_count)
     bottom.set_ylim(0, max([*sizes.values(), 1.0]) * 1.22)
     bottom.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    bottom.set_title("training examples")
+    split = any(sum(row.label_counts) > (row.num_examples or 0.0) for row in rows.values() if row.label_counts)
+    bottom.set_title("training examples" + (", without the validation part" if split else ""))
     category_ticks(bottom, "x", names, PLOT_IN / len(names))
     absent = [index for index, name in enumerate(names) if name in (missing or {})]
     for axes in figure.axes:

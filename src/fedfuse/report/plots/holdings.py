@@ -1,4 +1,4 @@
-"""Who holds what: training examples by client and class."""
+"""Who holds what: examples by client and class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def who_holds_what(label_counts: Mapping[str, Sequence[float]], class_names: Seq
     """Bubbles of client against class, and each client's total; shades of a colour where there are too many bubbles.
 
     Args:
-        label_counts: training examples of each class, by client id.
+        label_counts: examples of each class, by client id.
         class_names: one per class; missing ones are numbered.
     """
     clients = sorted(label_counts, key=natural_key)
@@ -48,14 +48,14 @@ def who_holds_what(label_counts: Mapping[str, Sequence[float]], class_names: Seq
     category_ticks(matrix, "x", names, MATRIX_IN / len(names), longest=14)
     category_ticks(matrix, "y", clients, row_in)
     look = "area" if max(counts.shape) <= MOST_BUBBLES else "shade"
-    matrix.set_xlabel(f"class · {look}: training examples, at most {format_count(counts.max())} in one place")
+    matrix.set_xlabel(f"class · {look}: examples, at most {format_count(counts.max())} in one place")
 
     sums = counts.sum(axis=1)
     totals.barh(range(len(clients)), sums, height=0.62 if few else 0.9, color=QUIET)
     totals.tick_params(labelleft=False)
     totals.set_xlim(0, max(float(sums.max()), 1.0) * (1.35 if few else 1.05))
     totals.spines[:].set_visible(False)
-    totals.set_xlabel("training examples")
+    totals.set_xlabel("examples")
     if few:
         totals.set_xticks([])
         for row, total in enumerate(sums):
