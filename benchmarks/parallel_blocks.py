@@ -46,7 +46,7 @@ def measure(family: str, settings: dict[str, Any], shape: tuple[int, ...], count
         blocks.append(cut_spec(one, 1).copy().blocks[0].eval().to(memory_format=layout))
     x = torch.randn(BATCH_SIZE, *shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
     # Side by side takes vectors or maps; a perceptron starts with a Flatten of maps.
-    together = parallel(blocks, ndim=x.ndim, channels=shape[0], shared=True)
+    together = parallel(blocks, ndim=x.ndim, shared=True)
 
     def loop() -> Tensor:
         return torch.cat([block(x) for block in blocks], 1)

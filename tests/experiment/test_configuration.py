@@ -45,7 +45,7 @@ def test_the_smallest_configuration_is_filled_with_every_default() -> None:
         "validation_fraction": 0.1,
         "normalize": "auto",
         "augment": "auto",
-        "partition": {"scheme": "iid", "num_clients": 5},
+        "partition": {"scheme": "iid", "num_clients": 5, "stratify": False},
     }
     assert resolved["model"] == {"family": "cnn", "width": 32, "depth": 4, "norm": "batch", "clients": {}}
     assert resolved["method"]["name"] == "fusefl"

@@ -51,7 +51,7 @@ def test_every_block_of_every_family_is_the_loop(
         for k in range(num_blocks):
             blocks = [_trained(piece.blocks[k], seed) for seed, piece in enumerate(pieces)]
             expected = _loop(blocks, x, shared=k == 0)
-            together = parallel(blocks, ndim=x.ndim, channels=x.shape[1] // (count if k else 1), shared=k == 0)
+            together = parallel(blocks, ndim=x.ndim, shared=k == 0)
             assert together is not None
             before = x.clone()
             torch.testing.assert_close(together(x), expected, rtol=1e-4, atol=1e-5)
@@ -67,7 +67,7 @@ def test_two_linear_layers_by_hand() -> None:
             parameter.data.fill_(weight)
         blocks.append(cut(module, 1, torch.zeros(2, 1)).blocks[0].eval())
     x = torch.tensor([[1.0], [-4.0]])
-    together = parallel(blocks, ndim=2, channels=1, shared=True)
+    together = parallel(blocks, ndim=2, shared=True)
     assert together is not None
     # 2 * 1 + 2 and 3 * 1 + 3; 2 * -4 + 2 and 3 * -4 + 3 are below zero.
     assert torch.equal(together(x), torch.tensor([[4.0, 6.0], [0.0, 0.0]]))
@@ -93,7 +93,7 @@ def test_random_networks_are_the_loop(count: int, kinds: list[str], shared: bool
         body = [nn.Conv2d(4, 4, 1), *(make[kind]() for kind in kinds)]
         whole = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
         blocks.append(_trained(cut(whole, 1, torch.zeros(2, 4, 8, 8)).blocks[0], seed + column))
-    together = parallel(blocks, ndim=4, channels=4, shared=shared)
+    together = parallel(blocks, ndim=4, shared=shared)
     assert together is not None
     with torch.inference_mode():
         torch.testing.assert_close(together(x), _loop(blocks, x, shared), rtol=1e-4, atol=1e-5)
@@ -105,6 +105,6 @@ def test_what_has_no_joined_form_gives_none() -> None:
     wide = cut(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), 1, x).blocks[0].eval()
     other = cut(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), 1, x).blocks[0].eval()
     softmax = cut(nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)), 1, x).blocks[0].eval()
-    assert parallel([narrow, narrow], ndim=2, channels=3, shared=True) is not None
+    assert parallel([narrow, narrow], ndim=2, shared=True) is not None
     for blocks in ([narrow, wide], [narrow, other], [softmax, softmax], [nn.Identity(), nn.Identity()]):
-        assert parallel(blocks, ndim=2, channels=3, shared=True) is None
+        assert parallel(blocks, ndim=2, shared=True) is None

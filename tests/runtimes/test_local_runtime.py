@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
@@ -83,7 +85,9 @@ def _no_process_is_left() -> Iterator[None]:
 
 
 def sides(folder: Path | None = None, ids: list[str] | None = None) -> dict[str, ClientSide]:
-    spec, states, found = ModelSpec({"kind": "none"}, 0, (2,), 2), StateStore(folder), {}
+    # States in files: with states in memory there are no workers.
+    states = StateStore(folder or Path(tempfile.mkdtemp(prefix="fedfuse-test-")))
+    spec, found = ModelSpec({"kind": "none"}, 0, (2,), 2), {}
     for number, client_id in enumerate(ids or IDS):
         examples = Examples(torch.full((3 + number, 2), float(number)), torch.zeros(3 + number, dtype=torch.int64))
         found[client_id] = ClientSide(client_id, ClientData(examples, examples, 2), spec, states=states)
@@ -345,3 +349,11 @@ def test_what_is_known_of_the_clients() -> None:
 
 def test_no_more_workers_than_clients() -> None:
     assert LocalRuntime(sides(ids=["a", "b"]), workers=8)._num_workers == 2
+
+
+def test_states_in_memory_are_never_given_to_workers() -> None:
+    found = sides()
+    for client_id, side in found.items():
+        found[client_id] = dataclasses.replace(side, states=StateStore())
+    runtime = LocalRuntime(found, workers=2)
+    assert runtime._num_workers == 1

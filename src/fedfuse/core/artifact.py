@@ -48,7 +48,8 @@ def build(recipe: Recipe) -> nn.Module:
         module: nn.Module = RECIPES.get(kind)(recipe)
     except FedfuseError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    # Torch says RuntimeError where a size is absurd or memory does not suffice.
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, MemoryError) as error:
         raise ModelError(
             f'the recipe of kind "{kind}" is broken: {type(error).__name__}: {error}', where=f"{recipe!s:.80}"
         ) from error
@@ -100,7 +101,9 @@ class ModelSpec:
     def digest(self) -> str:
         """SHA-256 of all that decides the model and its first weights."""
         facts = json.dumps([self.recipe, self.seed, list(self.input_shape), self.num_classes], sort_keys=True)
-        return hashlib.sha256(facts.encode() + Payload(dict(self.initial)).encode()).hexdigest()
+        # A module that no recipe describes is at least told apart by its layers.
+        layers = "" if self.template is None else str(self.template)
+        return hashlib.sha256((facts + layers).encode() + Payload(dict(self.initial)).encode()).hexdigest()
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -150,7 +151,9 @@ def run_method(
         if folder is not None:
             write_atomically(folder / "config.yaml", yaml.safe_dump(dict(resolved), sort_keys=False).encode())
         runtime_settings = named(RUNTIMES, config.runtime.name, config.runtime.others, "runtime")
-        states = StateStore(None if home is None else home / "clients")
+        # Worker processes share clients' states through files, also where the run itself leaves none.
+        scratch = None if home else stack.enter_context(tempfile.TemporaryDirectory(prefix="fedfuse-"))
+        states = StateStore((home or Path(str(scratch))) / "clients")
         device = runtime_settings.client_device() if hasattr(runtime_settings, "client_device") else torch.device("cpu")
         sides = {
             client_id: ClientSide(

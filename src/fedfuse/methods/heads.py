@@ -96,7 +96,7 @@ class Head:
                     where="method.head",
                     fix="use head.features: concat",
                 )
-            raise ModelError(DIFFERENT_WIDTHS, where="method.head", fix=OTHER_HEADS)
+            raise ModelError(DIFFERENT_WIDTHS, fix=OTHER_HEADS)
 
     def make(self, heads: Sequence[nn.Linear], moments: Moments | None, job: Job) -> nn.Linear:
         """Make the head.

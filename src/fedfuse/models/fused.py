@@ -166,7 +166,7 @@ class Level(nn.Module):
         """Whether only the outputs count: no gradient, no batch statistics, nobody who traces or looks inside."""
         if self.training or torch.is_grad_enabled() or len(self.columns) < 2 or x.dtype != torch.float32:
             return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return False
         return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.modules())
 

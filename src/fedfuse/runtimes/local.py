@@ -81,7 +81,10 @@ class LocalRuntime:
 
     def __init__(self, sides: Mapping[str, ClientSide], *, workers: int | None = None) -> None:
         self._sides = dict(sorted(sides.items()))
-        can_fork = sys.platform == "linux" and all(side.device.type == "cpu" for side in self._sides.values())
+        # A state that a worker keeps in its memory would be lost to the others.
+        can_fork = sys.platform == "linux" and all(
+            side.device.type == "cpu" and side.states.folder is not None for side in self._sides.values()
+        )
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._num_workers = min(workers or available, len(self._sides)) if can_fork else 1
         self._can_fork = can_fork

@@ -52,12 +52,18 @@ class LocalSGD:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        limits = {"num_epochs": 1, "batch_size": 1, "weight_decay": 0, "momentum": 0}
+        limits = {
+            "num_epochs": 1,
+            "batch_size": 1,
+            "weight_decay": 0,
+            "momentum": 0,
+            "patience": 1,
+            "grad_clip_norm": 0,
+        }
         for name, least in limits.items():
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}", where=f"local.{name}", fix=f"give at least {least}"
-                )
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}", where=f"local.{name}", fix=f"give at least {least}")
         if not self.learning_rate > 0 or not self.momentum < 1:
             raise ConfigError(
                 f"learning_rate {self.learning_rate} and momentum {self.momentum} cannot train",
