@@ -40,14 +40,14 @@ def network(family: str, settings: dict[str, Any], shape: tuple[int, ...], num_b
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
-    # The two ways that a level chooses between, and neither of them.
-    chooses, plain = fused.runs_joined, Level._is_plain
+    # The ways that a level chooses between, and none of them.
+    chooses, plain = fused.fastest_way, Level._is_plain
     if name != "chosen":
-        fused.runs_joined = lambda blocks, x: name == "joined"
+        fused.fastest_way = lambda blocks, x: name  # type: ignore[assignment, return-value]
     if name == "loop":
         Level._is_plain = lambda self, x: False  # type: ignore[method-assign]
     yield
-    fused.runs_joined, Level._is_plain = chooses, plain  # type: ignore[method-assign]
+    fused.fastest_way, Level._is_plain = chooses, plain  # type: ignore[method-assign]
 
 
 def times_ms(runs: list[Callable[[], Tensor]], repeats: int) -> list[float]:
@@ -71,8 +71,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(f"1 thread, torch {torch.__version__}, least of {given.repeats}; ms")
-    print("| model | M | batch | channels last | loop | one by one | joined | chosen | loop / chosen |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| model | M | batch | channels last | loop | plain | alone | joined | chosen | loop / chosen |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for family, settings, shape, num_blocks in MODELS:
         for count in given.counts if family in given.families else ():
             net = network(family, settings, shape, num_blocks, count)
@@ -85,7 +85,7 @@ def main() -> None:
                         with way(name), torch.inference_mode():
                             return net(x)  # type: ignore[no-any-return]
 
-                    names = ["loop", "one by one", "joined", "chosen"]
+                    names = ["loop", "plain", "alone", "joined", "chosen"]
                     ms = times_ms([lambda name=name, run=run: run(name) for name in names], given.repeats)  # type: ignore[misc]
                     cells = [f"{family} width {settings['width']}", count, batch_size]
                     cells += ["yes" if layout is torch.channels_last else "no", *(f"{value:.1f}" for value in ms)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedfuse.core.artifact import ModelSpec
-from fedfuse.core.errors import FedfuseError, JournalError, TaskError
+from fedfuse.core.errors import FedfuseError, JournalError, PayloadError, TaskError
 from fedfuse.core.examples import ClientData
 from fedfuse.core.files import write_atomically
 from fedfuse.core.payload import Payload, matches
@@ -126,9 +126,9 @@ class StateStore:
             if self.folder is None:
                 return Payload.decode(self._memory[client_id, lineage])
             return Payload.decode(self._path(client_id, lineage).read_bytes())
-        except (OSError, KeyError):
+        except (OSError, KeyError, PayloadError):
             raise JournalError(
-                f"the state of {client_id} after an earlier exchange is gone",
+                f"the state of {client_id} after an earlier exchange is gone or damaged",
                 where=str(self.folder or "memory"),
                 fix="delete the run's journal and start again, or leave this client out",
             ) from None

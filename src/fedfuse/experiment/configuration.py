@@ -285,7 +285,16 @@ def source_of(data: DataSection) -> Any:
 
     Args:
         data: the section.
+
+    Raises:
+        ConfigError: it names none, or its settings are wrong.
     """
+    if data.source == "own":
+        raise ConfigError(
+            "this run had a model and data of a program's own",
+            where="data.source",
+            fix="repeat it from that program: fedfuse.run(model=..., clients=...)",
+        )
     return named(SOURCES, data.source, data.others, "data", *DataSection.model_fields)
 
 

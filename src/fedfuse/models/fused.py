@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fedfuse.core.artifact import Recipe, build
 from fedfuse.core.errors import ModelError
 from fedfuse.core.registry import register_recipe
-from fedfuse.models.parallel import parallel, runs_joined
+from fedfuse.models.parallel import fastest_way, parallel
 
 ADAPTORS = ("conv1x1", "mean", "attention")
 FEATURES = ("mean", "concat")
@@ -164,9 +164,9 @@ class Level(nn.Module):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether only the outputs count: no gradient, no batch statistics, nobody who traces or looks inside."""
-        if self.training or torch.is_grad_enabled() or len(self.columns) < 2 or x.dtype != torch.float32:
+        if self.training or torch.is_grad_enabled() or len(self.columns) < 2 or x.ndim != 4:
             return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return False
         return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in self.modules())
 
@@ -180,14 +180,15 @@ class Level(nn.Module):
         blocks = [column.block for column in columns]
         inputs = _inputs([column.adaptor for column in columns], x)
         one, is_shared = inputs[0], len(inputs) == 1
-        if all(i.shape == one.shape for i in inputs) and runs_joined(blocks, one):
+        way = fastest_way(blocks, one) if all(i.shape == one.shape for i in inputs) else "plain"
+        if way == "joined":
             together = parallel(blocks, ndim=one.ndim, shared=is_shared)
             if together is not None:
                 return [together(one if is_shared else torch.cat(inputs, channel_dim(one.ndim)))]
-        each = inputs * (len(blocks) if is_shared else 1)
-        return [
-            (parallel([block], ndim=i.ndim, shared=True) or block)(i) for block, i in zip(blocks, each, strict=True)
-        ]
+        runs: list[Callable[[Tensor], Tensor]] = list(blocks)
+        if way != "plain":
+            runs = [parallel([block], ndim=one.ndim, shared=True) or block for block in blocks]
+        return [run(i) for run, i in zip(runs, inputs * (len(blocks) if is_shared else 1), strict=True)]
 
 
 class FusedBlocks(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,6 +26,8 @@ _PER_NUMBER: tuple[type[nn.Module], ...] = (
 _RELU: tuple[Any, ...] = (torch.relu, F.relu)
 _ADD: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
+
+Way = Literal["joined", "alone", "plain"]
 
 JOINED_NUMBERS = 2**21
 """Largest size of a joined map for which one pass is faster; see benchmarks/fused_levels.py."""
@@ -104,21 +106,27 @@ def parallel(blocks: Sequence[nn.Module], *, ndim: int, shared: bool) -> Paralle
         return None
 
 
-def runs_joined(blocks: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether one pass for all blocks is faster on a CPU than one after another.
+def fastest_way(blocks: Sequence[nn.Module], x: Tensor) -> Way:
+    """The way of running blocks on a CPU that was the fastest where it was measured.
 
-    One pass saves calls, but grouped convolutions lose to single ones where maps no longer fit into the cache. The
-    answer depends on shapes only, so that equal inputs always take the same way and give the same bits.
+    Both ways through :func:`parallel` copy the weights at each call, which pays where there is much to compute with
+    each; a pass for all saves calls, but grouped convolutions lose to single ones where maps outgrow the cache. The
+    answer depends on shapes only, so that equal inputs always go the same way and give the same bits.
 
     Args:
         blocks: side by side.
-        x: their input, joined or shared.
+        x: the input that they share, or that of one of them, with the batch.
+
+    Returns:
+        ``joined``: one pass for all; ``alone``: each by itself with its normalisation in its convolutions; ``plain``:
+        the blocks as they are.
     """
     first = next((p for p in blocks[0].parameters() if p.ndim > 1), None)
-    if first is None:
-        return False
-    positions = x[:, 0].numel() if first.ndim == 4 else len(x)
-    return len(blocks) * first.shape[0] * positions <= JOINED_NUMBERS
+    if x.ndim != 4 or first is None or first.ndim != 4:
+        return "plain"
+    if sum(p.numel() for p in blocks[0].parameters()) > x.numel():
+        return "plain"
+    return "joined" if len(blocks) * first.shape[0] * x[:, 0].numel() <= JOINED_NUMBERS else "alone"
 
 
 class _NoJoinedForm(Exception):
