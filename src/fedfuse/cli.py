@@ -172,14 +172,23 @@ def _live() -> Iterator[Live]:
 
 def main() -> None:
     """Run the command; a foreseen mistake ends in its message and exit code 2, Ctrl-C in 130."""
+    from click.exceptions import Abort, ClickException
+
+    code = 130
     try:
-        app()
+        # Typer turns Ctrl-C into this very code.
+        code = app(standalone_mode=False) or 0
     except FedfuseError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (Abort, KeyboardInterrupt):
+        pass
+    if code == 130:
         typer.echo("interrupted; the same command continues", err=True)
-        sys.exit(130)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import ClientSide, Reply, Request, StateStore, fixed_threads, peak_rss_bytes, perform
-from fedfuse.core.errors import DataError, JournalError, PayloadError
+from fedfuse.core.errors import DataError, JournalError
 from fedfuse.core.examples import ClientData, Examples
 from fedfuse.core.method import Method, client_task, register_method
 from fedfuse.core.payload import Payload
@@ -184,7 +184,7 @@ def test_a_state_that_is_gone_is_named(in_folder: bool, tmp_path: Path) -> None:
     with pytest.raises(JournalError) as caught:
         StateStore(folder).load("c", "a")
     assert str(caught.value) == (
-        f"the state of c after an earlier exchange is gone\n  where: {folder or 'memory'}\n"
+        f"the state of c after an earlier exchange is gone or damaged\n  where: {folder or 'memory'}\n"
         "  fix:   delete the run's journal and start again, or leave this client out"
     )
     assert ask(task="count", on=side(folder), lineage="a").error == str(caught.value)
@@ -195,7 +195,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     store.save("c", "a", Payload({"x": 1}))
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(PayloadError):
+    with pytest.raises(JournalError, match="is gone or damaged"):
         store.load("c", "a")
 
 

@@ -83,10 +83,11 @@ def describe_artifact(folder: Path) -> str:
     """
     artifact = Artifact.read(folder)
     info = artifact.info
+    count = sum(tensor.numel() for tensor in artifact.state.values())
     lines = [
         f"artifact {folder}",
         f"  model       {outline(artifact.recipe)}",
-        f"  parameters  {sum(t.numel() for t in artifact.state.values()):,} numbers in {len(artifact.state)} tensors, {artifact.num_bytes:,} bytes",
+        f"  parameters  {count:,} numbers in {len(artifact.state)} tensors, {artifact.num_bytes:,} bytes",
         f"  digest      {artifact.digest()} (agrees with the content)",
     ]
     for name in ("method", "fedfuse", "input_shape", "class_names", "rule", "fused"):
@@ -138,7 +139,8 @@ def describe_run(folder: Path) -> str:
         f"  method      {facts['method']}, seed {facts['seed']}",
         f"  accuracy    {accuracy}",
         f"  clients     {len(facts['clients'])}" + (f", missing: {facts['missing']}" if facts["missing"] else ""),
-        f"  bytes       {ledger['upload_bytes']:,.0f} up, {ledger['download_bytes']:,.0f} down per client in {ledger['exchanges']} exchanges",
+        f"  bytes       {ledger['upload_bytes']:,.0f} up, {ledger['download_bytes']:,.0f} down per client "
+        f"in {ledger['exchanges']} exchanges",
     ]
     if facts["artifact"]:
         lines.append(
@@ -182,7 +184,8 @@ def describe_journal(folder: Path) -> str:
     for exchange, replies in by_exchange.items():
         clients = len({client for client, _, _ in replies})
         lines.append(
-            f"  {exchange:<20} {len(replies)} replies of {clients} clients, {sum(r[1] for r in replies):,} bytes, {sum(r[2] for r in replies):.1f} s"
+            f"  {exchange:<20} {len(replies)} replies of {clients} clients, "
+            f"{sum(r[1] for r in replies):,} bytes, {sum(r[2] for r in replies):.1f} s"
         )
     lines += [f"  damaged: {stem}" for stem in damaged]
     return "\n".join(lines)

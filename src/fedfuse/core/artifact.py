@@ -28,6 +28,9 @@ Recipe = Mapping[str, Any]
 
 _FORMAT = 1
 
+# Torch says RuntimeError where a size is absurd or memory does not suffice.
+_BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
 
 def build(recipe: Recipe) -> nn.Module:
     """Build the module that a recipe describes, with fresh weights.
@@ -48,8 +51,7 @@ def build(recipe: Recipe) -> nn.Module:
         module: nn.Module = RECIPES.get(kind)(recipe)
     except FedfuseError:
         raise
-    # Torch says RuntimeError where a size is absurd or memory does not suffice.
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, MemoryError) as error:
+    except _BROKEN as error:
         raise ModelError(
             f'the recipe of kind "{kind}" is broken: {type(error).__name__}: {error}', where=f"{recipe!s:.80}"
         ) from error
@@ -121,7 +123,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
         raise ModelError(
-            f"the weights do not fit the model: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}",
+            "the weights do not fit the model: "
+            f"missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}",
             fix="use weights of the same architecture",
         )
     for name, tensor in state.items():

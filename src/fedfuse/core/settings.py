@@ -113,9 +113,7 @@ def _setting_path(kind: type, loc: Sequence[int | str]) -> list[str]:
         if (
             isinstance(part, int)
             or part in _names_at(kind, path)
-            or part == loc[-1]
-            and str(part).isidentifier()
-            and part not in ("int", "str", "float", "bool")
+            or (part == loc[-1] and str(part).isidentifier() and part not in ("int", "str", "float", "bool"))
         ):
             path.append(str(part))
     return path

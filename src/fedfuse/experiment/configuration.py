@@ -125,7 +125,7 @@ class Config(_Section):
     method: NamedSection = pydantic.Field(default_factory=lambda: NamedSection(name="fusefl"))
     runtime: NamedSection = pydantic.Field(default_factory=lambda: NamedSection(name="local"))
     federation: FederationSection = pydantic.Field(default_factory=lambda: FederationSection.model_validate({}))
-    server: ServerSection = pydantic.Field(default_factory=lambda: ServerSection())
+    server: ServerSection = pydantic.Field(default_factory=ServerSection)
     methods: list[str | dict[str, Any]] = pydantic.Field(default_factory=list)
 
 
