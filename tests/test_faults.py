@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,9 @@ def test_killed_at_any_moment_the_same_command_continues(num_replies: int, undis
     folder = tmp_path / "run"
     process = start(tmp_path, folder)
     # While the first clients train there is no reply yet, but there are workers.
-    seen = wait_for(lambda: replies(folder) >= num_replies and (num_replies > 0 or bool(children(process.pid))), process)
+    seen = wait_for(
+        lambda: replies(folder) >= num_replies and (num_replies > 0 or bool(children(process.pid))), process
+    )
     assert seen
     time.sleep(random.Random(num_replies).uniform(0.0, 0.2))
     workers = children(process.pid)
@@ -229,6 +232,14 @@ def delete_upload(entry: Path) -> None:
     entry.with_suffix(".safetensors").unlink()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run, to be copied and damaged."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    fedfuse.run(SMALL, out=folder)
+    return folder
+
+
 @pytest.mark.parametrize("exchange", ["block_0", "moments"])
 @pytest.mark.parametrize(
     ("damage", "is_told"),
@@ -243,26 +254,26 @@ def delete_upload(entry: Path) -> None:
     ],
 )
 def test_a_damaged_entry_is_asked_for_again(
-    tmp_path: Path, damage: Callable[[Path], None], is_told: bool, exchange: str
+    whole: Path, tmp_path: Path, damage: Callable[[Path], None], is_told: bool, exchange: str
 ) -> None:
-    first = fedfuse.run(SMALL, out=tmp_path)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     facts = {path: json.loads(path.read_text()) for path in sorted((tmp_path / "journal").glob("*.json"))}
     entry = next(path for path, f in facts.items() if (f["exchange"], f["client"]) == (exchange, "client_2"))
     damage(entry)
     notes = Notes()
     again = fedfuse.run(SMALL, out=tmp_path, observer=notes)
-    assert again.facts["artifact"] == first.facts["artifact"]
+    assert again.facts["artifact"]["digest"] == digest(whole)
     asked = [e for e in json.loads((tmp_path / "ledger.json").read_text())["entries"] if not e["from_journal"]]
     assert [(e["exchange"], e["client"]) for e in asked] == [(exchange, "client_2")]
     wanted = f"the journal's entry {entry.stem[:8]} was damaged and was asked for again"
     assert notes.texts == ([wanted] if is_told else [])
 
 
-def test_unfinished_files_of_a_crash_are_not_looked_at(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_crash_are_not_looked_at(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / ".abc.safetensors.x1.part").write_bytes(b"half")
     (tmp_path / "journal" / f"{'0' * 40}.safetensors").write_bytes(b"an upload whose facts were never written")
-    assert fedfuse.run(SMALL, out=tmp_path).facts["artifact"] == fedfuse.run(SMALL).facts["artifact"]
+    assert fedfuse.run(SMALL, out=tmp_path).facts["artifact"]["digest"] == digest(whole)
 
 
 def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
@@ -273,8 +284,8 @@ def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "truncated"])
-def test_a_client_whose_state_is_lost_says_so(tmp_path: Path, damage: str) -> None:
-    fedfuse.run(SMALL, out=tmp_path)
+def test_a_client_whose_state_is_lost_says_so(whole: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     facts = {path: json.loads(path.read_text()) for path in sorted((tmp_path / "journal").glob("*.json"))}
     keys = {(f["exchange"], f["client"]): path.stem for path, f in facts.items()}
     state = tmp_path / "clients" / "client_1" / f"{keys['block_0', 'client_1']}.safetensors"

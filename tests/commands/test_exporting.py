@@ -96,9 +96,7 @@ def test_an_artifact_that_does_not_say_its_inputs(tmp_path: Path) -> None:
     whole = spec("mlp", {"width": 4, "depth": 1}, input_shape=(3,), num_classes=2, seed=0)
     Artifact.of(whole, detached_state(whole.build())).save(tmp_path)
     assert refused(tmp_path, "safetensors") == (
-        "the artifact does not say which inputs it takes\n"
-        f"  where: {tmp_path}\n"
-        "  fix:   export an artifact of a run"
+        f"the artifact does not say which inputs it takes\n  where: {tmp_path}\n  fix:   export an artifact of a run"
     )
 
 
@@ -112,9 +110,7 @@ def test_onnx_that_is_not_installed(artifact: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert refused(artifact, "onnx") == (
-        "ONNX is not installed: No module named 'onnx'\n"
-        "  where: --format onnx\n"
-        '  fix:   pip install "fedfuse[onnx]"'
+        "ONNX is not installed: No module named 'onnx'\n  where: --format onnx\n  fix:   pip install \"fedfuse[onnx]\""
     )
 
 

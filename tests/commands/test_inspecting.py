@@ -40,7 +40,8 @@ def test_a_run_with_a_missing_client_and_no_test_set(run_folder: Path, tmp_path:
 def test_an_artifact(run_folder: Path) -> None:
     text = describe(run_folder / "artifact")
     digest = json.loads((run_folder / "artifact" / "fused.json").read_text())["digest"]
-    assert text.startswith(f"artifact {run_folder / 'artifact'}\n  model       normalised input, then 2 fused levels of [2, 2] columns (cnn ")
+    assert text.startswith(f"artifact {run_folder / 'artifact'}\n")
+    assert "\n  model       normalised input, then 2 fused levels of [2, 2] columns (cnn " in text
     assert f"  digest      {digest} (agrees with the content)\n" in text
     assert "  method      fusefl\n" in text
     assert "  input_shape [1, 8, 8]\n" in text
@@ -106,7 +107,9 @@ def test_nothing_that_fedfuse_knows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["result.json", "board.json", "fused.json"])
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", "null", '{"rows": 3}', '{"ledger": [], "accuracy": "x"}', "\ufffd"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", "3", "null", '{"rows": 3}', '{"ledger": [], "accuracy": "x"}', "\ufffd"]
+)
 def test_garbage_ends_in_one_clear_error(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     said = refused(tmp_path)
@@ -151,7 +154,10 @@ _CNN = {"kind": "model", "family": "cnn", "settings": {"width": 4}}
             {"kind": "ensemble", "combine": "vote", "members": [_CNN, _CNN, {"kind": "opaque"}]},
             "ensemble by vote of 2 x cnn {'width': 4}, 1 x opaque",
         ),
-        ({"kind": "fused_blocks", "levels": [], "features": "concat"}, "0 fused levels of [] columns (nothing), head on concat features"),
+        (
+            {"kind": "fused_blocks", "levels": [], "features": "concat"},
+            "0 fused levels of [] columns (nothing), head on concat features",
+        ),
         ({}, "None"),
         (3, "3"),
     ],

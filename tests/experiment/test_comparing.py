@@ -128,7 +128,9 @@ def test_settings_in_brackets_tables_and_objects(config: dict[str, Any], tmp_pat
     board = fedfuse.compare(config, methods, out=tmp_path)
     labels = ["fusefl[num_blocks=1, head.kind=average]", "with dropout", "fusefl", "ensemble[combine=vote]"]
     assert [row["method"] for row in board["rows"]] == labels
-    used = [json.loads((tmp_path / r["runs"][0] / "result.json").read_text())["config"]["method"] for r in board["rows"]]
+    used = [
+        json.loads((tmp_path / r["runs"][0] / "result.json").read_text())["config"]["method"] for r in board["rows"]
+    ]
     assert (used[0]["num_blocks"], used[0]["head"]["kind"]) == (1, "average")
     # What is not said comes from the configuration's own section of that method.
     assert (used[1]["num_blocks"], used[1]["feature_dropout"]) == (2, 0.5)
@@ -173,9 +175,7 @@ def test_nothing_to_compare(config: dict[str, Any]) -> None:
         "  where: methods\n"
         "  fix:   give --methods a,b,c or a list methods: in the configuration"
     )
-    assert refused(config, ["local"], seeds=0) == (
-        "there is no seed to run\n  where: seeds\n  fix:   give at least 1"
-    )
+    assert refused(config, ["local"], seeds=0) == ("there is no seed to run\n  where: seeds\n  fix:   give at least 1")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,10 @@ def test_a_label_never_names_a_folder_that_is_not_its_own(config: dict[str, Any]
         (["local", "fedvg"], 'there is no method "fedvg"\n  fix:   did you mean "fedavg"? known: '),
         (["fusefl[num_blocks=2"], '"fusefl[num_blocks=2" lacks its closing bracket\n  where: methods\n'),
         (["fusefl[num_blocks]"], '"num_blocks" is no setting\n  where: methods\n'),
-        ([{"label": "x"}], "a method has no name: {'label': 'x'}\n  where: methods\n  fix:   write {name: fusefl, ...}"),
+        (
+            [{"label": "x"}],
+            "a method has no name: {'label': 'x'}\n  where: methods\n  fix:   write {name: fusefl, ...}",
+        ),
         ([3], "a method has no name: 3\n  where: methods\n"),
         (["fedavg[num_rounds=0]"], "num_rounds is 0\n  where: method.num_rounds\n"),
     ],

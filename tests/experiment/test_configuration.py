@@ -145,14 +145,18 @@ def test_an_override_that_is_no_yaml(config: dict[str, Any]) -> None:
         (
             "data.limt=3",
             "data.limt",
-            'did you mean "limit"? known: augment, limit, normalize, partition, source, test_limit, '
-            "validation_fraction",
+            (
+                'did you mean "limit"? known: augment, limit, normalize, partition, source, test_limit, '
+                "validation_fraction"
+            ),
         ),
         (
             "data.partition.dirichlet_alfa=1",
             "data.partition.dirichlet_alfa",
-            'did you mean "dirichlet_alpha"? known: balanced, dirichlet_alpha, max_draws, min_examples, num_clients, '
-            "scheme",
+            (
+                'did you mean "dirichlet_alpha"? known: balanced, dirichlet_alpha, max_draws, min_examples, '
+                "num_clients, scheme"
+            ),
         ),
         ("model.widht=3", "model.widht", 'did you mean "width"? known: clients, depth, dropout, family, width'),
         ("model.famly=cnn", "model.famly", 'did you mean "family"? known: clients, depth, dropout, family, width'),
@@ -166,8 +170,10 @@ def test_an_override_that_is_no_yaml(config: dict[str, Any]) -> None:
         (
             "method.head.kin=lda",
             "method.head.kin",
-            'did you mean "kind"? known: features, kind, learning_rate, num_draws, num_epochs, per_class, priors, '
-            "shrinkage",
+            (
+                'did you mean "kind"? known: features, kind, learning_rate, num_draws, num_epochs, per_class, priors, '
+                "shrinkage"
+            ),
         ),
         ("runtime.worker=3", "runtime.worker", 'did you mean "workers"? known: client_threads, device, name, workers'),
         (
@@ -255,7 +261,10 @@ _FIX = "  fix:   see docs or fedfuse run --dry-run for what it can be"
             "data.partition=3",
             "this is no table of settings: 3\n  where: data.partition\n  fix:   write it as {key: value, ...}",
         ),
-        ("method={num_blocks: 2}", 'the setting "name" is missing\n  where: method.name\n  fix:   give method.name a value'),
+        (
+            "method={num_blocks: 2}",
+            'the setting "name" is missing\n  where: method.name\n  fix:   give method.name a value',
+        ),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_its_place(config: dict[str, Any], override: str, wanted: str) -> None:

@@ -55,7 +55,7 @@ def model() -> nn.Module:
 
 
 def digest(**settings: Any) -> str:
-    settings.setdefault("method", fedfuse.FuseFL(num_blocks=2, local=LOCAL))
+    settings.setdefault("method", fedfuse.FeatureEnsemble(local=LOCAL))
     return str(fedfuse.run(**settings).facts["artifact"]["digest"])
 
 
@@ -79,8 +79,12 @@ def test_every_kind_of_data_set_gives_the_same_run(model: nn.Module) -> None:
 
 
 def test_the_order_in_which_clients_are_given_changes_nothing(model: nn.Module) -> None:
-    assert digest(model=model, clients={"c": C, "a": A, "b": B}) == digest(model=model, clients={"a": A, "b": B, "c": C})
-    assert digest(model=model, clients={"a": B, "b": A, "c": C}) != digest(model=model, clients={"a": A, "b": B, "c": C})
+    assert digest(model=model, clients={"c": C, "a": A, "b": B}) == digest(
+        model=model, clients={"a": A, "b": B, "c": C}
+    )
+    assert digest(model=model, clients={"a": B, "b": A, "c": C}) != digest(
+        model=model, clients={"a": A, "b": B, "c": C}
+    )
 
 
 def test_a_list_names_clients_by_position(model: nn.Module) -> None:
@@ -148,14 +152,20 @@ def test_a_class_or_function_makes_the_module_from_the_seed() -> None:
 
 
 def test_two_workers_give_the_same_bits(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = digest(model=model, clients=[A, B, C], runtime={"name": "local", "workers": 1})
+    method = fedfuse.FuseFL(num_blocks=2, local=LOCAL)
+    alone = digest(model=model, clients=[A, B, C], method=method, runtime={"name": "local", "workers": 1})
     monkeypatch.setattr("fedfuse.runtimes.local._WORTH_IT_S", 0.0)
-    assert digest(model=model, clients=[A, B, C], runtime={"name": "local", "workers": 2}) == alone
+    assert digest(model=model, clients=[A, B, C], method=method, runtime={"name": "local", "workers": 2}) == alone
 
 
 def test_images_with_their_channels_and_a_sequential(tmp_path: Path) -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
     )
     x = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = [(x, torch.arange(24) % 2), (x.flip(3), torch.arange(24) % 2)]
@@ -170,9 +180,7 @@ def refused(kind: type[FedfuseError], **settings: Any) -> str:
 
 
 def test_what_cannot_be_run(model: nn.Module) -> None:
-    nothing = (
-        "there is nothing to run\n  where: fedfuse.run\n  fix:   give a configuration, or model= and clients="
-    )
+    nothing = "there is nothing to run\n  where: fedfuse.run\n  fix:   give a configuration, or model= and clients="
     assert refused(ConfigError) == nothing
     assert refused(ConfigError, model=model) == nothing
     assert refused(ConfigError, clients=[A]) == nothing

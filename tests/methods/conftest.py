@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import ClientSide, Reply, Request, StateStore
 from fedfuse.core.cohort import ClientFacts, Cohort, Terms
 from fedfuse.core.examples import ClientData, Examples

@@ -642,9 +642,7 @@ def test_fewer_epochs_than_blocks(federation: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         federation(**SMALL).fuse(fusefl_of(num_blocks=3))
     assert str(caught.value) == (
-        "2 local epochs cannot be divided over 3 exchanges\n"
-        "  where: method.local.num_epochs\n"
-        "  fix:   give at least 3"
+        "2 local epochs cannot be divided over 3 exchanges\n  where: method.local.num_epochs\n  fix:   give at least 3"
     )
 
 

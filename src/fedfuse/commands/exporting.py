@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,8 @@ def _to_onnx(module: nn.Module, example: Tensor, file: Path) -> None:
         raise ArtifactError(
             f"ONNX is not installed: {error}", where="--format onnx", fix='pip install "fedfuse[onnx]"'
         ) from None
+    # The exporter tells of every operator of torchvision that is not there.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

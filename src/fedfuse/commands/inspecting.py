@@ -133,14 +133,14 @@ def describe_run(folder: Path) -> str:
     """
     facts = _json(folder / "result.json")
     ledger = facts["ledger"]
+    crossed = f"{ledger['upload_bytes']:,.0f} up, {ledger['download_bytes']:,.0f} down per client"
     accuracy = "no test set" if facts["accuracy"] is None else f"{facts['accuracy']:.2%}"
     lines = [
         f"run {folder}",
         f"  method      {facts['method']}, seed {facts['seed']}",
         f"  accuracy    {accuracy}",
         f"  clients     {len(facts['clients'])}" + (f", missing: {facts['missing']}" if facts["missing"] else ""),
-        f"  bytes       {ledger['upload_bytes']:,.0f} up, {ledger['download_bytes']:,.0f} down per client "
-        f"in {ledger['exchanges']} exchanges",
+        f"  bytes       {crossed} in {ledger['exchanges']} exchanges",
     ]
     if facts["artifact"]:
         lines.append(

@@ -97,3 +97,20 @@ class Result:
         if self.artifact is None:
             raise ConfigError(f'the method "{self.method}" gives no common model', fix="look at result.personal")
         return self.artifact.module()
+
+    def report(self) -> Path:
+        """Draw the pictures and write the run's page.
+
+        Returns:
+            The page, ``report.html`` in the run's folder.
+
+        Raises:
+            ConfigError: the run was kept in memory.
+        """
+        from fedfuse.report import write_report
+
+        if self.folder is None:
+            raise ConfigError(
+                "the run was kept in memory", where="result.report", fix="give fedfuse.run an out= folder"
+            )
+        return write_report(self.folder)
