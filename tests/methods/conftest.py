@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedfuse.core.artifact import load_state
 from fedfuse.core.client import ClientSide, Reply, Request, StateStore
 from fedfuse.core.cohort import ClientFacts, Cohort, Terms
 from fedfuse.core.examples import ClientData, Examples
@@ -18,7 +19,10 @@ from fedfuse.core.journal import Journal
 from fedfuse.core.method import Fused, Job, Method
 from fedfuse.core.payload import Payload
 from fedfuse.core.seeding import Rng, derive_seed
+from fedfuse.methods.fusefl import FuseFL
 from fedfuse.models import spec
+from fedfuse.models.blocks import cut_spec
+from fedfuse.models.fused import Adaptor, channel_dim
 from fedfuse.runtimes.local import LocalRuntime
 
 NUM_CLASSES = 4
@@ -122,6 +126,34 @@ class Federation:
     def upload(self, exchange: str, client_id: str) -> Payload:
         """What a client uploaded in an exchange."""
         return self.runtime.received[exchange, client_id]
+
+    def kept(self, client_id: str) -> list[Payload]:
+        """What a client kept after each exchange that it answered, in order."""
+        return [Payload.decode(data) for (c, _), data in self.states._memory.items() if c == client_id]
+
+    def composed(self, method: FuseFL, inputs: Tensor) -> Tensor:
+        """The fused features of FuseFL, put together by hand from the uploads in the journal."""
+        entries = self.journal.entries()
+        uploads = {(e.facts["exchange"], e.facts["client"]): e.payload() for e in entries}
+        level, channels, ndim = inputs, list[int](), 0
+        for k in range(method.num_blocks):
+            maps = []
+            for client_id in [c for c in self.cohort.client_ids if (f"block_{k}", c) in uploads]:
+                upload = uploads[f"block_{k}", client_id]
+                pieces = cut_spec(self.job.model_of(client_id), method.num_blocks)
+                block = pieces.copy().blocks[k]
+                load_state(block, upload.group("block"))
+                entrance = level
+                if k:
+                    adaptor = Adaptor(method.adaptor, channels, pieces.interfaces[k - 1][0], ndim)
+                    load_state(adaptor, {name: t.float() for name, t in upload.group("adaptor").items()})
+                    entrance = adaptor.eval()(level)
+                maps.append(block.eval()(entrance))
+            channels, ndim = [m.shape[channel_dim(m.ndim)] for m in maps], maps[0].ndim
+            level = torch.cat(maps, channel_dim(ndim))
+        if method.head.sees == "mean":
+            level = level.unflatten(1, (len(channels), -1)).mean(1)
+        return level.detach()
 
     def message(self, exchange: str, client_id: str) -> Payload:
         """What a client was sent in an exchange."""

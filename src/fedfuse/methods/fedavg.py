@@ -37,6 +37,8 @@ class FedAvg(LocalTraining):
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
             raise ConfigError(f"num_rounds is {self.num_rounds}", where="method.num_rounds", fix="give at least 1")
+        # Too few epochs are told now, not when the clients have begun.
+        self.local.share(0, self.num_rounds)
 
     def fuse(self, cohort: Cohort, job: Job) -> Fused:
         """Average, send, train, and again.

@@ -85,6 +85,13 @@ class FuseFL(Method):
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
             raise ConfigError(f"num_blocks is {self.num_blocks}", where="method.num_blocks", fix="give at least 1")
+        # Too few epochs are told now, not when the clients have begun.
+        self.local.share(0, self.num_blocks)
+        if not self.match_factor > 0:
+            fix = "give a number above 0"
+            raise ConfigError(f"match_factor is {self.match_factor}", where="method.match_factor", fix=fix)
+        if isinstance(self.width, int) and self.width < 1:
+            raise ConfigError(f"width is {self.width}", where="method.width", fix="give at least 1, own or match")
         if not 0 <= self.feature_dropout < 1:
             raise ConfigError(
                 f"feature_dropout is {self.feature_dropout}",

@@ -55,6 +55,15 @@ class Head:
     per_class: bool = True
 
     def __post_init__(self) -> None:
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            fix = "give a number in [0, 1], or leave it out"
+            raise ConfigError(f"shrinkage is {self.shrinkage}", where="head.shrinkage", fix=fix)
+        for name in ("num_draws", "num_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", where=f"head.{name}", fix="give at least 1")
+        if not self.learning_rate > 0:
+            fix = "give a number above 0"
+            raise ConfigError(f"learning_rate is {self.learning_rate}", where="head.learning_rate", fix=fix)
         wants = {"average": "mean", "ensemble": "concat"}.get(self.kind)
         if wants and self.features not in ("auto", wants):
             raise ConfigError(
