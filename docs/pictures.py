@@ -28,7 +28,7 @@ def main() -> None:
         for title, (name, settings) in SCHEMES.items()
     }
     save_figure(partition_gallery(counts), HERE / "images", "partitions")
-    demo = HERE.parent / "runs" / "demo" / "figures" / "accuracy_against_upload.png"
+    demo = HERE.parent / "runs" / "demo" / "figures" / "accuracy-against-upload.png"
     if demo.exists():
         shutil.copy(demo, HERE / "images" / "demo.png")
 
