@@ -14,8 +14,8 @@ import torch
 
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import ClientSide, Reply, Request, StateStore, perform
-from fedfuse.core.cohort import ClientFacts, Cohort, TensorSpec, Terms
-from fedfuse.core.errors import JournalError, QuorumError, TaskError
+from fedfuse.core.cohort import ClientFacts, Cohort, TensorSpec, Terms, check_client_id
+from fedfuse.core.errors import ConfigError, JournalError, QuorumError, TaskError
 from fedfuse.core.examples import ClientData, Examples
 from fedfuse.core.journal import Journal
 from fedfuse.core.method import Method, client_task, register_method
@@ -624,3 +624,13 @@ def test_numbers_of_every_client() -> None:
     assert len(replies) == 3
     with pytest.raises(KeyError):
         replies.numbers("absent")
+
+
+@pytest.mark.parametrize("client_id", ["", "../other", "a/b", ".hidden", "a b", "é", "a" * 101])
+def test_an_id_that_is_no_name_of_a_file_is_refused(client_id: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_client_id(client_id)
+    assert str(caught.value) == (
+        f"{client_id!r:.60} is no client id\n  where: clients\n  fix:   use at most 100 letters, digits, _ . and -"
+    )
+    check_client_id("hospital-a_1.north")

@@ -95,9 +95,9 @@ def test_a_configuration_may_be_a_file_a_table_or_itself(config: dict[str, Any],
 
 
 def test_overrides_win_and_later_ones_win_over_earlier_ones(config: dict[str, Any]) -> None:
-    overrides = ["method.num_blocks=3", "seed=7", "method.local.learning_rate=0.5", "method.num_blocks=4"]
+    overrides = ["method.num_blocks=1", "seed=7", "method.local.learning_rate=0.5", "method.num_blocks=2"]
     resolved = resolve(read_config(config, overrides))
-    assert (resolved["seed"], resolved["method"]["num_blocks"]) == (7, 4)
+    assert (resolved["seed"], resolved["method"]["num_blocks"]) == (7, 2)
     assert resolved["method"]["local"]["learning_rate"] == 0.5
     assert resolved["method"]["local"]["num_epochs"] == 2
 

@@ -7,6 +7,7 @@ here, once. A runtime only carries requests to clients and brings replies back.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from fedfuse.core import VERSION
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import Reply, Request
-from fedfuse.core.errors import PayloadError, QuorumError, TaskError, UploadRefused
+from fedfuse.core.errors import ConfigError, PayloadError, QuorumError, TaskError, UploadRefused
 from fedfuse.core.journal import Entry, Journal, content_key
 from fedfuse.core.ledger import Ledger, LedgerEntry
 from fedfuse.core.method import Method, Task, TaskSpec, task_spec
@@ -177,6 +178,8 @@ class Cohort:
         self.terms = terms or Terms()
         self._log, self._progress = log, progress
         self._facts = dict(sorted(runtime.clients().items()))
+        for client_id in self._facts:
+            check_client_id(client_id)
         self._lineage: dict[str, str] = {}
         self._model_digests: dict[str, str] = {}
         self.missing: dict[str, str] = {}
@@ -391,6 +394,21 @@ class Cohort:
             f'{answered} of {asked} clients answered the exchange "{key}", {needed} are needed ({reasons})',
             where=str(self.journal.folder or "memory"),
             fix="mend the clients and run the same command again (what came is kept), or lower federation.quorum",
+        )
+
+
+def check_client_id(client_id: str) -> None:
+    """Refuse an id that cannot be part of a key and of a file's name.
+
+    Args:
+        client_id: at most 100 letters, digits, ``_ . -``, not beginning with a dot.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", client_id):
+        raise ConfigError(
+            f"{client_id!r:.60} is no client id", where="clients", fix="use at most 100 letters, digits, _ . and -"
         )
 
 
