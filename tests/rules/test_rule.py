@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfuse.core.errors import ModelError
-from fedfuse.core.payload import Payload
+from fedfuse.core.payload import Payload, PayloadFile
 from fedfuse.core.registry import RULES
 from fedfuse.rules import Rule, fuse_uploads, rule
 from fedfuse.rules.mean import Mean
 from fedfuse.rules.median import Median
-from fedfuse.rules.rule import open_states
 from fedfuse.rules.trimmed_mean import TrimmedMean
 
 ALL = [Mean(), Median(), TrimmedMean()]
@@ -74,7 +73,7 @@ class TestEveryRule:
         paths = [str(tmp_path / str(number)) for number in range(3)]
         for path, upload in zip(paths, uploads, strict=True):
             Path(path).write_bytes(upload.encode())
-        assert equal(fuse_uploads(open_states(paths), which), fuse_uploads(uploads, which))
+        assert equal(fuse_uploads([PayloadFile(path) for path in paths], which), fuse_uploads(uploads, which))
 
     def test_the_uploads_are_left_as_they_are(self, which: Rule) -> None:
         uploads = random_uploads(3)

@@ -50,7 +50,7 @@ class FuseFL(Method):
         - The exchange of moments is declared and counted; the official code reads the clients' loaders.
         - The pooled covariance is centred; the official code leaves it uncentred.
         - The head is made by LDA from the pooled moments on all columns' features by default; the paper calibrates
-          the averaged heads (``head: {kind: calibrated}``). Measured better at the same bytes, see the card.
+          the averaged heads (``head: {kind: calibrated}``). Measured better, see the card.
         - BatchNorm of frozen blocks runs in evaluation mode; the official code lets each client move it.
         - Adaptors travel in bfloat16.
         - Frozen features are computed once per exchange where there is no augmentation.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedfuse.core.errors import ModelError
-from fedfuse.core.payload import PayloadFile, Value
+from fedfuse.core.payload import Value
 
 _CHUNK_BYTES = 64 << 20
 
@@ -111,12 +111,3 @@ def _tensor(upload: Mapping[str, Value], key: str) -> Tensor | None:
     except KeyError:
         return None
     return value if isinstance(value, Tensor) else None
-
-
-def open_states(paths: Sequence[str]) -> list[PayloadFile]:
-    """Open safetensors files lazily, for :func:`fuse_uploads` with ``group=""``.
-
-    Args:
-        paths: files.
-    """
-    return [PayloadFile(path) for path in paths]
