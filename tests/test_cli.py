@@ -112,7 +112,7 @@ def test_help_imports_nothing_heavy(here: Path) -> None:
 def test_help_names_every_command(cli: Callable[..., Done]) -> None:
     done = cli("--help")
     assert done.code == 0
-    for command in ("run", "compare", "list", "inspect", "report", "export", "doctor"):
+    for command in ("run", "compare", "advise", "list", "inspect", "report", "export", "doctor"):
         assert re.search(rf"^\s*{command} .*\w", done.out, flags=re.MULTILINE), command
         assert cli(command, "--help").code == 0
 
@@ -288,6 +288,36 @@ def test_a_comparison_writes_its_board_and_report(cli: Callable[..., Done], here
     assert (here / "out" / "report.html").is_file()
     assert list((here / "out" / "figures").glob("*.png"))
     assert list((here / "out" / "figures").glob("*.svg"))
+
+
+def test_settings_are_varied_and_the_advice_is_read_from_what_was_measured(
+    cli: Callable[..., Done], here: Path
+) -> None:
+    asked = cli("advise", "c.yaml")
+    assert asked.code == 2
+    assert "error: this configuration was not compared yet\n" in asked.err
+    assert "  fix:   run: fedfuse compare c.yaml --methods local,fedavg,ensemble,fusefl" in asked.err
+    vary = ["--vary", "data.partition.num_clients=2,3"]
+    done = cli("compare", "c.yaml", "--methods", "local,fedavg,ensemble", *vary)
+    assert done.code == 0
+    assert [line for line in done.out.splitlines() if line.startswith("num_clients")] == [
+        "num_clients 2",
+        "num_clients 3",
+    ]
+    advised = cli("advise", "c.yaml", "--heterogeneous", "--server-data", "no")
+    assert advised.code == 0
+    lines = advised.out.splitlines()
+    assert lines[0] == "constraints: clients with different models, no data at the server"
+    assert lines[1].startswith("from runs/compare-fusefl-digits-s1-")
+    for line, count in zip(lines[2:4], (2, 3), strict=True):
+        assert line.startswith(f"num_clients {count}: Choose Ensemble: ")
+        assert "FedAvg (needs one architecture)" in line
+    assert (
+        lines[4] == "The advice is read from measured test accuracy on this data; it predicts nothing for other data."
+    )
+    assert cli("advise", "c.yaml", "--server-data", "maybe").err == (
+        'error: "maybe" is neither yes nor no\n  where: --server-data\n  fix:   say yes or no\n'
+    )
 
 
 # --- inspect, report, export, doctor

@@ -63,21 +63,134 @@ def compare_command(
     methods: Annotated[str, typer.Option(help="Names, with settings in brackets: local,fusefl[num_blocks=2].")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from the configuration's.")] = 1,
     set_: SetOption = [],  # noqa: B006
+    vary: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=VALUE,VALUE", help="Run all with each value; with each pair where given twice."),
+    ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="The comparison's folder; the same command continues there.")] = None,
 ) -> None:
     """Run several methods on the same data and models; every client trains once per question."""
     from fedfuse import experiment
 
-    checked = experiment.read_config(config, set_)
-    folder = out or Path("runs") / f"compare-{experiment.folder_name(checked)}"
+    checked, varied = experiment.read_config(config, set_), experiment.read_variations(vary)
+    folder = out or Path("runs") / experiment.comparison_name(checked, varied)
     with _live() as live:
         board = experiment.compare(
-            checked, experiment.split_outside_brackets(methods), seeds=seeds, out=folder, observer=live
+            checked, experiment.split_outside_brackets(methods), seeds=seeds, vary=varied, out=folder, observer=live
         )
     from fedfuse.report import print_board, write_report
 
     print_board(board)
     typer.echo(f"report: {write_report(folder)}")
+
+
+@app.command("remove")
+def remove_command(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    client: Annotated[str, typer.Option(help="The client that leaves.")],
+) -> None:
+    """Fuse a run again without one client, exactly, and delete everything that it sent; nobody is asked."""
+    from fedfuse.commands.membership import remove_client
+
+    with _live() as live:
+        facts = remove_client(run, client, live)
+    from fedfuse.report import print_result, write_report
+
+    print_result(facts)
+    typer.echo(f"report: {write_report(run)}")
+
+
+@app.command("add")
+def add_command(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    client: Annotated[str, typer.Option(help="The client that comes late.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Its data; left out for a client that was removed and comes back.")
+    ] = None,
+    source: Annotated[str, typer.Option(help="How to read the data; told by the file's name if left out.")] = "",
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of that source, e.g. y_key=labels.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Fuse a run again with one client more, exactly; only this client computes."""
+    from fedfuse.commands.membership import add_client
+
+    with _live() as live:
+        facts = add_client(run, client, data, source=source, settings=set_, observer=live)
+    from fedfuse.report import print_result, write_report
+
+    print_result(facts)
+    typer.echo(f"report: {write_report(run)}")
+
+
+@app.command("advise")
+def advise_command(
+    board: Annotated[
+        Path, typer.Argument(help="A comparison's folder or board.json, or the configuration that was compared.")
+    ],
+    max_upload_bytes: Annotated[float | None, typer.Option(min=0, help="Most that one client may upload.")] = None,
+    heterogeneous: Annotated[
+        bool, typer.Option("--heterogeneous/--homogeneous", help="Whether clients own models of different kinds.")
+    ] = False,
+    server_data: Annotated[
+        str | None, typer.Option(metavar="yes|no", help="Whether the server has data of its own.")
+    ] = None,
+    budget_s: Annotated[
+        float | None, typer.Option(min=0, help="Most seconds of computing, all clients and the server together.")
+    ] = None,
+) -> None:
+    """Say which method to choose under these constraints, from what a comparison measured."""
+    from fedfuse.commands.advising import advise_on
+
+    for line in advise_on(
+        board,
+        max_upload_bytes=max_upload_bytes,
+        is_heterogeneous=heterogeneous,
+        server_data=server_data,
+        budget_s=budget_s,
+    ):
+        typer.echo(line)
+
+
+@app.command("distill")
+def distill_command(
+    artifact: Annotated[Path, typer.Argument(help="An artifact's or a run's folder.")],
+    student: Annotated[str, typer.Option(help="The small model, e.g. cnn[width=8].")],
+    out: Annotated[Path, typer.Option(help="The result's folder; the same command continues there.")],
+    method: Annotated[
+        str, typer.Option(help="feddf, dense, coboosting, dafl or adi, with settings in brackets.")
+    ] = "dense",
+    data: Annotated[
+        str | None,
+        typer.Option(help="A YAML configuration, or a source such as digits or npz[path=x.npz]; labels only measure."),
+    ] = None,
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. synthesis.num_epochs=50."),
+    ] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads; their number changes bits.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Turn an ensemble or a fused net into one small model, and say how well it agrees with it."""
+    from fedfuse.commands.distilling import print_distilled
+    from fedfuse.distilling import distill
+
+    with _live() as live:
+        result = distill(
+            artifact,
+            student=student,
+            method=method,
+            data=data,
+            out=out,
+            overrides=set_,
+            seed=seed,
+            threads=threads,
+            device=device,
+            observer=live,
+        )
+    print_distilled(result)
+    typer.echo(f"artifact: {result.folder / 'artifact'}")
 
 
 @app.command("list")

@@ -216,3 +216,19 @@ def test_the_number_of_threads_is_put_back() -> None:
 
 def test_a_process_knows_its_peak_of_memory() -> None:
     assert peak_rss_bytes() > 1 << 20
+
+
+def test_a_state_that_many_exchanges_leave_as_it_is_is_kept_once(tmp_path: Path) -> None:
+    store, state = StateStore(tmp_path), Payload({"logits": torch.arange(4.0)})
+    for k in range(3):
+        store.save("a", f"answer_{k}", state)
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) == 1
+    assert all(torch.equal(store.load("a", f"answer_{k}").tensor("logits"), torch.arange(4.0)) for k in range(3))
+
+
+def test_a_state_that_was_damaged_is_told(tmp_path: Path) -> None:
+    store = StateStore(tmp_path)
+    store.save("a", "answer", Payload({"x": 1}))
+    next((tmp_path / "a").glob("*.safetensors")).write_bytes(b"something else")
+    with pytest.raises(JournalError, match="the state of a after an earlier exchange is gone or damaged"):
+        store.load("a", "answer")

@@ -139,3 +139,14 @@ def test_a_check_of_the_settings_own_passes_through() -> None:
     assert problem({"num_blocks": 1, "inner": {"learning_rate": -1}}) == (
         "learning_rate is too small\n  where: inner\n  fix:   raise it"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnDefaults:
+    inner: Inner = Inner(learning_rate=0.5, sizes=(7,))
+
+
+def test_a_table_given_in_part_is_laid_over_the_outer_default() -> None:
+    assert from_json(OwnDefaults, {"inner": {"sizes": [3]}}, where="method").inner == Inner(
+        learning_rate=0.5, sizes=(3,)
+    )

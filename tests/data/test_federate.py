@@ -140,5 +140,94 @@ def test_clients_that_do_not_fit_together() -> None:
     with pytest.raises(DataError) as error:
         from_clients({"a": []})
     assert (error.value.what, error.value.where) == ("the data set is empty", "a")
-    with pytest.raises(DataError, match="the training labels go from 0 to 1, but there are 1 classes"):
+    with pytest.raises(DataError) as error:
         from_clients([(X, torch.tensor([0, 1]))], class_names=["only"])
+    assert str(error.value) == (
+        'the label "1" is none of the 1 classes: only\n'
+        "  where: client_0\n"
+        "  fix:   name its class in labels={own name: common name}, or add it to class_names"
+    )
+    images = [(torch.zeros(2, 1, side, side), torch.tensor([0, 1])) for side in (8, 12)]
+    with pytest.raises(DataError) as error:
+        from_clients(images)
+    assert str(error.value) == (
+        "inputs have shape (1, 12, 12) here and (1, 8, 8) at client_0\n"
+        "  where: client_1\n"
+        "  fix:   bring the inputs of all clients to one shape; resize=28 brings all images to 28 x 28 pixels"
+    )
+    data = from_clients(images, resize=8)
+    assert [tuple(part.train.x.shape) for part in data.clients.values()] == [(2, 1, 8, 8)] * 2
+
+
+def test_clients_with_label_sets_of_their_own_are_mapped_to_the_common_list() -> None:
+    y = np.array(["benign", "malignant"])
+    data = from_clients(
+        {"a": (X, torch.tensor([1, 0])), "b": (X, y), "c": (X, torch.tensor([7, 9]))},
+        test=[(X[0], "malignant"), (X[1], "healthy")],
+        class_names=["benign", "malignant"],
+        labels={"healthy": "benign", "c": {"7": "malignant", "9": "benign"}},
+        validation_fraction=0,
+    )
+    assert [part.train.y.tolist() for part in data.clients.values()] == [[1, 0], [0, 1], [1, 0]]
+    assert data.test is not None
+    assert data.test.y.tolist() == [1, 0]
+    assert (data.class_names, data.num_classes) == (("benign", "malignant"), 2)
+
+
+def test_label_sets_that_cannot_be_mapped() -> None:
+    two = {"a": (X, torch.tensor([0, 1])), "b": (X, np.array(["cat", "lynx"]))}
+    with pytest.raises(DataError) as error:
+        from_clients(two)
+    assert str(error.value) == (
+        "the labels are not numbers\n  where: b\n"
+        "  fix:   number the classes 0 .. num_classes - 1, or give class_names for labels that are texts"
+    )
+    with pytest.raises(DataError) as error:
+        from_clients(two, class_names=["cat", "dog"])
+    assert str(error.value) == (
+        'the label "lynx" is none of the 2 classes: cat, dog\n  where: b\n'
+        "  fix:   name its class in labels={own name: common name}, or add it to class_names"
+    )
+    with pytest.raises(ConfigError) as caught:
+        from_clients(two, class_names=["cat", "dog"], labels={"lynx": "cta"})
+    assert str(caught.value) == (
+        '"lynx" is mapped to "cta", which is none of the classes\n  where: labels.lynx\n'
+        '  fix:   did you mean "cat"? known: cat, dog'
+    )
+    with pytest.raises(ConfigError) as caught:
+        from_clients(two, class_names=["cat", "dog"], labels={"bb": {"lynx": "cat"}})
+    assert str(caught.value) == (
+        'there is no client "bb"\n  where: data.labels.bb\n  fix:   did you mean "b"? known: a, b'
+    )
+    with pytest.raises(ConfigError) as caught:
+        from_clients(two, labels={"lynx": "cat"})
+    assert str(caught.value) == (
+        "labels are mapped to the common list of classes, and there is none\n  where: labels\n"
+        '  fix:   give class_names=["cat", "dog"]'
+    )
+
+
+def test_classes_of_a_data_set_are_merged_for_all_and_told_apart_by_client() -> None:
+    merged = federate(_dataset(), Iid(num_clients=2), seed=0, labels={"c": "a", "d": "b"})
+    assert merged.class_names == ("a", "b")
+    assert merged.label_counts().sum(axis=0).tolist() == [20, 20]
+    # Column "site" says who is who; at site 1 what is called "a" is the others' "b", and the other way round.
+    sites = np.array([0, 1] * 20)
+    source = _dataset()
+    source = Dataset(source.train, source.test, source.class_names, {"site": sites})
+    plain = federate(source, Column(column="site"), seed=0, validation_fraction=0)
+    crossed = federate(source, Column(column="site"), seed=0, validation_fraction=0, labels={"1": {"b": "d", "d": "b"}})
+    assert plain.label_counts().tolist() == [[10, 0, 10, 0], [0, 10, 0, 10]]
+    assert crossed.class_names == ("a", "b", "c", "d")
+    for left, right in zip(plain.clients["1"].train.y.tolist(), crossed.clients["1"].train.y.tolist(), strict=True):
+        assert (left, right) in {(1, 3), (3, 1)}
+    with pytest.raises(ConfigError) as caught:
+        federate(_dataset(), Iid(num_clients=2), seed=0, labels={"e": "a"})
+    assert str(caught.value).startswith('there is no class "e"\n  where: data.labels.e\n')
+
+
+def test_a_name_that_every_client_gives_up_is_no_class() -> None:
+    source = Dataset(_dataset().train, None, tuple("abcd"), {"site": np.array([0, 1] * 20)})
+    data = federate(source, Column(column="site"), seed=0, labels={"1": {"b": "a", "d": "c"}})
+    assert data.class_names == ("a", "c")
+    assert data.label_counts().sum(axis=0).tolist() == [20, 20]

@@ -85,6 +85,10 @@ class Heard(Observer):
     def __init__(self) -> None:
         self.started: list[tuple[str, int, int, int]] = []
         self.ended: list[str] = []
+        self.found: list[tuple[str, int]] = []
+
+    def run_found(self, label: str, seed: int, facts: Any) -> None:
+        self.found.append((label, seed))
 
     def run_started(self, label: str, seed: int, position: int, total: int) -> None:
         self.started.append((label, seed, position, total))
@@ -154,6 +158,99 @@ def test_a_comparison_in_memory_leaves_nothing_behind(
     (tmp_path / "temporary").mkdir()
     fedfuse.compare(config, ["local"])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+# --- several settings
+
+
+ALPHA, CLIENTS = "data.partition.dirichlet_alpha", "data.partition.num_clients"
+
+
+def test_every_pair_of_values_is_a_comparison_of_its_own(config: dict[str, Any], tmp_path: Path) -> None:
+    heard = Heard()
+    vary = {ALPHA: [0.3, 0.9], CLIENTS: [2, 3]}
+    board = fedfuse.compare(config, ["local", "fedavg"], vary=vary, out=tmp_path, observer=heard)
+    assert json.loads((tmp_path / "board.json").read_text()) == board
+    assert board["varied"] == vary
+    assert [position for *_, position, total in heard.started] == list(range(1, 9))
+    assert {total for *_, total in heard.started} == {8}
+    folders = [f"dirichlet_alpha={a}_num_clients={m}" for a in (0.3, 0.9) for m in (2, 3)]
+    assert board["boards"] == folders
+    assert [row["varied"] for row in board["rows"][::2]] == [{ALPHA: a, CLIENTS: m} for a in (0.3, 0.9) for m in (2, 3)]
+    for row, folder in zip(board["rows"], [name for name in folders for _ in range(2)], strict=True):
+        assert row["runs"] == [f"{folder}/{row['method']}/seed_2"]
+        partition = json.loads((tmp_path / row["runs"][0] / "result.json").read_text())["config"]["data"]["partition"]
+        assert {key.rpartition(".")[2]: partition[key.rpartition(".")[2]] for key in vary} == {
+            key.rpartition(".")[2]: value for key, value in row["varied"].items()
+        }
+        # Clients train once per setting.
+        assert all(e["from_journal"] == (row["method"] == "fedavg") for e in ledger(tmp_path, row["runs"][0]))
+    one = fedfuse.compare(config, ["local", "fedavg"], overrides=[f"{ALPHA}=0.9", f"{CLIENTS}=2"])
+    assert [row["accuracies"] for row in one["rows"]] == [row["accuracies"] for row in board["rows"][4:6]]
+
+
+def test_varied_settings_continue_after_a_kill(config: dict[str, Any], tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    class Killer(Heard):
+        def run_started(self, label: str, seed: int, position: int, total: int) -> None:
+            super().run_started(label, seed, position, total)
+            if position == 4:
+                raise Killed
+
+    vary = [f"{ALPHA}=0.3,0.9"]
+    with pytest.raises(Killed):
+        fedfuse.compare(config, ["local", "fedavg"], vary=vary, out=tmp_path, observer=Killer())
+    partial = json.loads((tmp_path / "board.json").read_text())
+    assert [row["method"] for row in partial["rows"]] == ["local", "fedavg"]
+    assert partial["boards"] == ["dirichlet_alpha=0.3"]
+    heard = Heard()
+    board = fedfuse.compare(config, ["local", "fedavg"], vary=vary, out=tmp_path, observer=heard)
+    assert heard.ended == ["fedavg"]
+    assert heard.found == [("local", 2), ("fedavg", 2), ("local", 2)]
+    assert len(board["rows"]) == 4
+
+
+def test_rows_say_what_a_method_needs(config: dict[str, Any]) -> None:
+    rows = fedfuse.compare(config, ["fedavg", {"name": "ensemble", "label": "all"}])["rows"]
+    assert [(row["name"], row["needs_server_data"], row["takes_heterogeneous"]) for row in rows] == [
+        ("fedavg", False, False),
+        ("ensemble", False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ({"seed": [1]}, "the seed is varied\n  where: vary\n  fix:   say how many seeds with --seeds"),
+        ({ALPHA: []}, f'"{ALPHA}" has no values\n  where: vary\n  fix:   write {ALPHA}=value,value'),
+        ([f"{ALPHA}=0.1,0.1"], f'"{ALPHA}" has the value 0.1 twice\n  where: vary\n  fix:   give each value once'),
+        (
+            [f"{ALPHA}=1", f"{ALPHA}=2"],
+            f'"{ALPHA}" is varied twice\n  where: vary\n  fix:   give all its values at once',
+        ),
+        (["alpha"], '"alpha" varies nothing\n  where: vary\n  fix:   write section.key=value,value'),
+        (
+            [f"{ALPHA}=0.1,-1"],
+            (
+                "dirichlet_alpha must be above 0, not -1.0\n  where: partition.dirichlet_alpha\n"
+                "  fix:   set dirichlet_alpha to a positive number"
+            ),
+        ),
+    ],
+)
+def test_values_that_cannot_be_varied_are_told_before_the_first_runs(
+    config: dict[str, Any], vary: Any, message: str
+) -> None:
+    assert refused(config, ["local"], vary=vary) == message
+
+
+def test_settings_with_one_last_word_have_folders_of_their_own(config: dict[str, Any]) -> None:
+    vary = {"method.local.num_epochs": [1, 2], "data.limit": [100]}
+    board = fedfuse.compare(config, ["local"], vary=vary)
+    assert board["boards"] == ["num_epochs=1_limit=100", "num_epochs=2_limit=100"]
+    assert board["rows"][0]["varied"] == {"method.local.num_epochs": 1, "data.limit": 100}
 
 
 # --- refusals: all before the first client trains

@@ -45,6 +45,11 @@ def test_the_smallest_configuration_is_filled_with_every_default() -> None:
         "validation_fraction": 0.1,
         "normalize": "auto",
         "augment": "auto",
+        "labels": {},
+        "resize": None,
+        "server": None,
+        "late": {},
+        "without": [],
         "partition": {"scheme": "iid", "num_clients": 5, "stratify": False},
     }
     assert resolved["model"] == {"family": "cnn", "width": 32, "depth": 4, "norm": "batch", "clients": {}}
@@ -146,8 +151,8 @@ def test_an_override_that_is_no_yaml(config: dict[str, Any]) -> None:
             "data.limt=3",
             "data.limt",
             (
-                'did you mean "limit"? known: augment, limit, normalize, partition, source, test_limit, '
-                "validation_fraction"
+                'did you mean "limit"? known: augment, labels, late, limit, normalize, partition, resize, server, '
+                "source, test_limit, validation_fraction, without"
             ),
         ),
         (

@@ -93,11 +93,13 @@ def test_a_comparison_has_every_section(board_folder: Path) -> None:
         "Who holds what",
         "Accuracy of each method",
         "Accuracy against what a client uploads",
+        "Accuracy against what the server computes",
         "Method by method",
         "What each method costs",
         "What left the clients",
         "Configuration",
         "Versions",
+        "Which method to choose",
     ]
     names = {file.stem for file in (board_folder / "figures").iterdir()}
     assert {"who-holds-what", "accuracy", "accuracy-against-upload", "costs"} <= names
@@ -156,7 +158,12 @@ def test_a_run_with_odd_data(tmp_path: Path, table: dict[str, Any]) -> None:
         ),
         (
             {"rows": [{"method": "fedavg", "accuracy_mean": 0.5, "runs": ["gone"]}], "seeds": [0]},
-            ["FedAvg reaches 50.0 %.", "Accuracy of each method", "What each method costs"],
+            [
+                "FedAvg reaches 50.0 %.",
+                "Accuracy of each method",
+                "What each method costs",
+                "Which method to choose",
+            ],
         ),
     ],
 )
@@ -198,3 +205,41 @@ def test_a_folder_without_a_result_is_an_error(tmp_path: Path) -> None:
         f"  where: {tmp_path}\n"
         "  fix:   name the folder of a finished `fedfuse run` or `fedfuse compare`"
     )
+
+
+def test_a_comparison_of_several_settings(tmp_path: Path, make_row: Callable[..., dict[str, Any]]) -> None:
+    key = "data.partition.dirichlet_alpha"
+    rows = []
+    for alpha in (0.1, 0.5):
+        part = [
+            make_row("fedavg", [alpha, alpha + 0.1], 1000),
+            make_row("fusefl", [0.8, 0.8], 2000),
+            make_row("local", [0.2, 0.2], 1000),
+        ]
+        folder = tmp_path / f"dirichlet_alpha={alpha}"
+        folder.mkdir()
+        (folder / "board.json").write_text(json.dumps({"rows": part, "seeds": [0, 1]}), encoding="utf-8")
+        for row in part:
+            rows.append({**row, "varied": {key: alpha}, "runs": [f"{folder.name}/{run}" for run in row["runs"]]})
+    table = {
+        "rows": rows,
+        "seeds": [0, 1],
+        "varied": {key: [0.1, 0.5, 0.9]},
+        "boards": ["dirichlet_alpha=0.1", "dirichlet_alpha=0.5", "..", "gone"],
+    }
+    (tmp_path / "board.json").write_text(json.dumps(table), encoding="utf-8")
+    page = _read(write_report(tmp_path))
+    assert page.headings == [
+        "FuseFL is the most accurate in 2 of 2 settings.",
+        "Accuracy against dirichlet_alpha",
+        "All methods on all settings",
+        "Which method to choose",
+    ]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 of 3 settings are not there yet: the same command continues." in text
+    assert "dirichlet_alpha 0.5: no limits" in text
+    assert (tmp_path / "figures" / "accuracy-against-dirichlet_alpha.png").is_file()
+    # Each setting has a page of its own, and the table leads there.
+    addresses = {address for address in page.addresses if not address.startswith("#")}
+    assert addresses == {"dirichlet_alpha%3D0.1/report.html", "dirichlet_alpha%3D0.5/report.html"}
+    assert _read(tmp_path / "dirichlet_alpha=0.1" / "report.html").headings[0].startswith("FuseFL reaches 80.0 %")

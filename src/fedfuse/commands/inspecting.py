@@ -13,6 +13,7 @@ import torch
 from fedfuse.core.artifact import Artifact
 from fedfuse.core.errors import ArtifactError, FedfuseError
 from fedfuse.core.payload import PayloadFile
+from fedfuse.report.units import in_words
 
 
 def describe(path: Path) -> str:
@@ -122,7 +123,10 @@ def outline(recipe: Any) -> str:
         columns = [len(level) for level in levels]
         whole = outline(levels[0][0]["block"].get("of")) if levels and levels[0] else "nothing"
         return f"{len(levels)} fused levels of {columns} columns ({whole}), head on {recipe.get('features')} features"
-    return f"{kind}"
+    # Whatever else there is holds its parts as recipes.
+    parts = [part for value in recipe.values() for part in (value if isinstance(value, list) else [value])]
+    inner = Counter(outline(part) for part in parts if isinstance(part, Mapping) and "kind" in part)
+    return f"{kind}" + (" of " if inner else "") + ", ".join(f"{n} x {what}" for what, n in inner.items())
 
 
 def describe_run(folder: Path) -> str:
@@ -156,9 +160,15 @@ def describe_board(folder: Path) -> str:
         folder: the comparison's folder.
     """
     board = _json(folder / "board.json")
-    lines = [f"comparison {folder}: {len(board['rows'])} methods, seeds {board['seeds']}"]
+    num_methods = len({row["method"] for row in board["rows"]})
+    lines = [f"comparison {folder}: {num_methods} methods, seeds {board['seeds']}"]
+    setting = ""
     for row in board["rows"]:
         accuracy = "-" if row["accuracy_mean"] is None else f"{row['accuracy_mean']:.2%} +- {row['accuracy_std']:.2%}"
+        found = in_words(row.get("varied", {}))
+        if found != setting:
+            setting = found
+            lines.append(f"{setting}:")
         lines.append(f"  {row['method']:<30} {accuracy:<20} {row['upload_bytes']:>14,.0f} bytes up")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 import time
@@ -102,8 +103,11 @@ class Reply:
 class StateStore:
     """Where clients keep their state between exchanges.
 
+    A state is kept once under its content's digest, and a pointer for each exchange after which the client had it: many
+    exchanges that only read a state cost no more than one.
+
     Args:
-        folder: one file per client and exchange; ``None`` keeps them in memory.
+        folder: of the states; ``None`` keeps them in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -123,15 +127,17 @@ class StateStore:
         if not lineage:
             return Payload()
         try:
-            if self.folder is None:
-                return Payload.decode(self._memory[client_id, lineage])
-            return Payload.decode(self._path(client_id, lineage).read_bytes())
-        except (OSError, KeyError, PayloadError):
-            raise JournalError(
-                f"the state of {client_id} after an earlier exchange is gone or damaged",
-                where=str(self.folder or "memory"),
-                fix="delete the run's journal and start again, or leave this client out",
-            ) from None
+            digest = self._read(client_id, f"{lineage}.state").decode("ascii")
+            data = self._read(client_id, f"{digest}.safetensors")
+            if hashlib.sha256(data).hexdigest() == digest:
+                return Payload.decode(data)
+        except (OSError, KeyError, ValueError, PayloadError):
+            pass
+        raise JournalError(
+            f"the state of {client_id} after an earlier exchange is gone or damaged",
+            where=str(self.folder or "memory"),
+            fix="delete the run's journal and start again, or leave this client out",
+        )
 
     def save(self, client_id: str, lineage: str, state: Payload) -> None:
         """Keep a state under the key of the answer that came with it.
@@ -141,14 +147,25 @@ class StateStore:
             lineage: the answer's key.
             state: what to keep.
         """
-        if self.folder is None:
-            self._memory[client_id, lineage] = state.encode()
-        else:
-            write_atomically(self._path(client_id, lineage), state.encode())
+        data = state.encode()
+        digest = hashlib.sha256(data).hexdigest()
+        self._write(client_id, f"{digest}.safetensors", data)
+        # Written last: a pointer never leads to nothing.
+        self._write(client_id, f"{lineage}.state", digest.encode("ascii"))
 
-    def _path(self, client_id: str, lineage: str) -> Path:
-        assert self.folder is not None
-        return self.folder / client_id / f"{lineage}.safetensors"
+    def _read(self, client_id: str, name: str) -> bytes:
+        if self.folder is None:
+            return self._memory[client_id, name]
+        return (self.folder / client_id / name).read_bytes()
+
+    def _write(self, client_id: str, name: str, data: bytes) -> None:
+        if self.folder is None:
+            self._memory[client_id, name] = data
+            return
+        path = self.folder / client_id / name
+        # The name of a content is its digest, but the file may have been damaged since.
+        if not (path.suffix == ".safetensors" and path.is_file() and path.read_bytes() == data):
+            write_atomically(path, data)
 
 
 @dataclass(frozen=True)

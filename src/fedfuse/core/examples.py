@@ -77,3 +77,51 @@ class ClientData:
         """SHA-256 of the data and of how it is used; the same data gives the same answer to the same question."""
         parts = [self.train.fingerprint, self.validation.fingerprint, str(self.num_classes), self.augment]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class InputSpace:
+    """What inputs look like, for those who must make some without having seen any.
+
+    Args:
+        mean: what was subtracted from each channel or feature of the raw inputs; empty means nothing was.
+        std: what they were then divided by.
+        is_pixels: whether raw inputs are images with values in [0, 1].
+        augment: name of the augmentation that clients train with.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    is_pixels: bool = False
+    augment: str = "none"
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Raw inputs as models see them.
+
+        Args:
+            raw: shape ``(n, channels, ...)``.
+
+        Returns:
+            The same shape; gradients pass.
+        """
+        mean, std = self._constants(raw)
+        return raw if mean is None or std is None else (raw - mean) / std
+
+    def restore(self, x: Tensor) -> Tensor:
+        """What models see as raw inputs again.
+
+        Args:
+            x: shape ``(n, channels, ...)``.
+
+        Returns:
+            The same shape; pixels stay in [0, 1].
+        """
+        mean, std = self._constants(x)
+        raw = x if mean is None or std is None else x * std + mean
+        return raw.clamp(0, 1) if self.is_pixels else raw
+
+    def _constants(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if not self.mean:
+            return None, None
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return x.new_tensor(self.mean).view(shape), x.new_tensor(self.std).view(shape)

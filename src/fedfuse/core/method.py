@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from fedfuse.core.artifact import Artifact, ModelSpec
+from fedfuse.core.checkpoints import Checkpoints
 from fedfuse.core.client import Client
 from fedfuse.core.errors import RegistryError, TaskError
-from fedfuse.core.examples import Examples
+from fedfuse.core.examples import Examples, InputSpace
 from fedfuse.core.payload import Payload
 from fedfuse.core.registry import METHODS
 from fedfuse.core.seeding import Rng
@@ -117,6 +119,9 @@ class Job:
         device: where the server computes.
         progress: called with (what, done, total) during long server work.
         facts: numbers and strings that the method reports about itself, shown in the report.
+        inputs: what the models' inputs look like.
+        checkpoints: where long server work keeps what it has.
+        picture: called with a name and images ``(n, channels, height, width)`` in [0, 1], to be shown in the report.
     """
 
     model: ModelSpec
@@ -126,6 +131,19 @@ class Job:
     server_data: Examples | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     facts: dict[str, Any] = field(default_factory=dict)
+    inputs: InputSpace = field(default_factory=InputSpace)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    picture: Callable[[str, Tensor], None] = lambda name, images: None
+
+    def note(self, text: str) -> None:
+        """Say something in words about this run, once; shown in the report.
+
+        Args:
+            text: one sentence.
+        """
+        notes = self.facts.setdefault("notes", [])
+        if text not in notes:
+            notes.append(text)
 
     def model_of(self, client_id: str) -> ModelSpec:
         """The model that a client owns.
@@ -154,6 +172,12 @@ class Method:
     """Base of all methods. A subclass is a frozen dataclass of settings, registered by name."""
 
     name: ClassVar[str] = ""
+    needs_server_data: ClassVar[bool] = False
+    """Whether it refuses to run where the server has no data of its own."""
+    takes_heterogeneous: ClassVar[bool] = True
+    """Whether clients may own models of different architectures."""
+    is_additive: ClassVar[bool] = False
+    """Whether what a client uploads depends on no other client, so that clients can come and go one by one."""
 
     def fuse(self, cohort: Cohort, job: Job) -> Fused:
         """The server's procedure, top to bottom: ask clients, compute, return.

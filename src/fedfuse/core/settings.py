@@ -52,9 +52,22 @@ def from_json(kind: type[T], values: Mapping[str, Any], *, where: str) -> T:
         ConfigError: a setting is unknown, missing, or has a value that it cannot have.
     """
     try:
-        return typing.cast(T, _adapter(typing.cast(Hashable, kind)).validate_python(dict(values)))
+        return typing.cast(T, _adapter(typing.cast(Hashable, kind)).validate_python(_over_defaults(kind, values)))
     except pydantic.ValidationError as error:
         raise config_error(error, kind, where) from None
+
+
+def _over_defaults(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Inner tables laid over the outer class's own default of that setting, which may differ from the inner class's."""
+    found = dict(values)
+    for f in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+        given = found.get(f.name)
+        if not isinstance(given, Mapping):
+            continue
+        own = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if dataclasses.is_dataclass(own) and not isinstance(own, type):
+            found[f.name] = {**to_json(own), **_over_defaults(type(own), given)}
+    return found
 
 
 @cache

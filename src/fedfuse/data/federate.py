@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedfuse.core.errors import ConfigError, DataError
 from fedfuse.core.examples import ClientData, Examples
@@ -16,8 +17,11 @@ from fedfuse.data.augment import check_augment, default_augment
 from fedfuse.data.checks import check_fraction
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.from_python import from_python
+from fedfuse.data.labels import LabelSetting, LabelTables, Numbering
 from fedfuse.data.normalize import Normalization, resolve_normalization
 from fedfuse.data.partitions.assignment import Partition, check_assignment, client_ids
+from fedfuse.data.resizing import resized
+from fedfuse.data.server import HeldOut, check_server_data, server_inputs, unlabelled
 from fedfuse.data.splitting import stratified_split
 
 
@@ -34,6 +38,8 @@ class FederatedData:
         normalization: what was applied to all inputs.
         positions: rows of the data set's training part that each client has (training and validation), sorted; empty
             where the data came already split.
+        is_pixels: whether inputs were images with values in [0, 1] before they were normalised.
+        server: the server's own data, normalised; ``None`` where it has none. Labels of -1 say that it has inputs only.
     """
 
     clients: Mapping[str, ClientData]
@@ -43,6 +49,8 @@ class FederatedData:
     num_classes: int
     normalization: Normalization
     positions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    is_pixels: bool = False
+    server: Examples | None = None
 
     def label_counts(self) -> np.ndarray:
         """Examples per client and class, training and validation together.
@@ -65,6 +73,10 @@ def federate(
     validation_fraction: float = 0.1,
     normalize: str | Normalization | Mapping[str, Sequence[float]] = "auto",
     augment: str = "auto",
+    server: HeldOut | Examples | None = None,
+    server_is_labelled: bool = False,
+    labels: LabelSetting | None = None,
+    resize: int | None = None,
 ) -> FederatedData:
     """Split a data set over clients.
 
@@ -79,25 +91,44 @@ def federate(
             at least one training example remains.
         normalize: see :func:`fedfuse.data.normalize.resolve_normalization`.
         augment: ``auto`` or a name of ``fedfuse.data.augment``.
+        server: data of the server's own: a part to hold out before clients get theirs, or examples of the same shape.
+        server_is_labelled: whether the server knows the labels of its data; else they are all -1.
+        labels: own name of a class to the common name, for all clients and the test part; under a client's id, a
+            table of that client's own.
+        resize: side in pixels that all images are brought to; ``None`` keeps the images' own.
 
     Returns:
         Clients in sorted order.
 
     Raises:
         ConfigError: a setting cannot be used.
-        DataError: the partition cannot be made, or is none.
+        DataError: the partition cannot be made, or is none; or the server's data does not fit.
     """
     check_fraction("validation_fraction", validation_fraction)
+    dataset = _resized(dataset, resize)
     augment = _resolve_augment(augment, dataset)
     normalization = resolve_normalization(normalize, dataset)
-    labels = dataset.train.y.numpy()
-    found = partition.assign(labels, dataset.num_classes, Rng(seed).child("partition").numpy(), dataset.columns)
-    positions = check_assignment(found, len(labels))
+    kept, held = _server_part(dataset, server, seed)
+    found = partition.assign(
+        dataset.train.y.numpy()[kept],
+        dataset.num_classes,
+        Rng(seed).child("partition").numpy(),
+        {name: column[kept] for name, column in dataset.columns.items()},
+    )
+    positions = {client_id: kept[rows] for client_id, rows in check_assignment(found, len(kept)).items()}
+    dataset = _with_common_classes(dataset, positions, LabelTables.of(labels))
     clients = {}
     for client_id, rows in positions.items():
         own = dataset.train.subset(rows)
         own = Examples(normalization.apply(own.x), own.y)
         clients[client_id] = _client_data(own, client_id, dataset.num_classes, seed, validation_fraction, augment)
+    if isinstance(server, Examples):
+        own_data: Examples | None = server if resize is None else resized(server, resize)
+    else:
+        own_data = dataset.train.subset(held) if len(held) else None
+    if own_data is not None:
+        check_server_data(own_data, dataset.input_shape, dataset.test)
+        own_data = own_data if server_is_labelled else unlabelled(own_data.x)
     return FederatedData(
         clients,
         _normalized(dataset.test, normalization),
@@ -106,6 +137,8 @@ def federate(
         dataset.num_classes,
         normalization,
         positions,
+        is_pixels=_is_pixels(dataset),
+        server=_normalized(own_data, normalization),
     )
 
 
@@ -118,6 +151,9 @@ def from_clients(
     validation_fraction: float = 0.1,
     normalize: str | Normalization | Mapping[str, Sequence[float]] = "auto",
     augment: str = "auto",
+    server: Any = None,
+    labels: LabelSetting | None = None,
+    resize: int | None = None,
 ) -> FederatedData:
     """Make a federation of data that is already split.
 
@@ -126,10 +162,15 @@ def from_clients(
             a sequence whose clients are then called ``client_0``, ``client_1``, ...
         test: the server's test part, of any such kind; for the report only.
         seed: of the run; validation parts are drawn from it.
-        class_names: name of each class; numbers where not given, as many as the largest label tells.
+        class_names: name of each class, the same list for all; labels may then be texts. Numbers where not given, as
+            many as the largest label tells.
         validation_fraction: share of each client's examples that becomes its validation part, in [0, 1).
         normalize: as for :func:`federate`; ``auto`` measures over all clients.
         augment: as for :func:`federate`.
+        server: inputs of the server's own, of any such kind or a tensor or array of inputs; labels are left out.
+        labels: a client's own name of a class to its name in ``class_names``, for all clients and the test part, or
+            under a client's id a table of that client's own; numbers count as their digits.
+        resize: side in pixels that all images are brought to; ``None`` keeps the images' own.
 
     Returns:
         Clients in sorted order; no positions.
@@ -143,8 +184,22 @@ def from_clients(
         clients = dict(zip(client_ids(max(1, len(clients))), clients, strict=False))
     if not clients:
         raise DataError("there are no clients", where="clients", fix="give one data set per client")
-    parts = {client_id: _converted(clients[client_id], client_id) for client_id in sorted(clients)}
-    test_part = None if test is None else _converted(test, "test")
+    tables = LabelTables.of(labels)
+    tables.check_clients(list(clients))
+    if labels and class_names is None:
+        raise ConfigError(
+            "labels are mapped to the common list of classes, and there is none",
+            where="labels",
+            fix='give class_names=["cat", "dog"]',
+        )
+
+    def read(given: Any, name: str) -> Examples:
+        number = None if class_names is None else Numbering(tuple(class_names), tables.table(name))
+        part = _converted(given, name, number)
+        return part if resize is None else resized(part, resize)
+
+    parts = {client_id: read(clients[client_id], client_id) for client_id in sorted(clients)}
+    test_part = None if test is None else read(test, "test")
     first = next(iter(parts.values()))
     for client_id, part in parts.items():
         if part.x.shape[1:] != first.x.shape[1:]:
@@ -152,7 +207,8 @@ def from_clients(
                 f"inputs have shape {tuple(part.x.shape[1:])} here and {tuple(first.x.shape[1:])} "
                 f"at {next(iter(parts))}",
                 where=client_id,
-                fix="bring the inputs of all clients to one shape",
+                fix="bring the inputs of all clients to one shape"
+                + ("; resize=28 brings all images to 28 x 28 pixels" if _differ_in_size(part.x, first.x) else ""),
             )
     num_labels = 1 + max(int(part.y.max()) for part in (*parts.values(), test_part) if part is not None)
     names = tuple(class_names) if class_names is not None else tuple(str(c) for c in range(num_labels))
@@ -171,9 +227,61 @@ def from_clients(
         )
         for client_id, part in parts.items()
     }
+    own_data = None if server is None else server_inputs(server)
+    if own_data is not None:
+        own_data = own_data if resize is None else resized(own_data, resize)
+        check_server_data(own_data, dataset.input_shape, test_part)
     return FederatedData(
-        data, _normalized(test_part, normalization), names, dataset.input_shape, dataset.num_classes, normalization
+        data,
+        _normalized(test_part, normalization),
+        names,
+        dataset.input_shape,
+        dataset.num_classes,
+        normalization,
+        is_pixels=_is_pixels(dataset),
+        server=_normalized(own_data, normalization),
     )
+
+
+def _server_part(dataset: Dataset, server: HeldOut | Examples | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training part for the clients, and those for the server."""
+    everything = np.arange(len(dataset.train), dtype=np.int64)
+    if not isinstance(server, HeldOut):
+        return everything, everything[:0]
+    held = server.rows(dataset, Rng(seed).numpy("server data"))
+    return np.setdiff1d(everything, held), held
+
+
+def _resized(dataset: Dataset, side_px: int | None) -> Dataset:
+    if side_px is None:
+        return dataset
+    test = None if dataset.test is None else resized(dataset.test, side_px)
+    return replace(dataset, train=resized(dataset.train, side_px), test=test)
+
+
+def _differ_in_size(first: Tensor, second: Tensor) -> bool:
+    """Whether both are images of the same number of channels."""
+    return first.dim() == second.dim() == 4 and first.shape[1] == second.shape[1]
+
+
+def _with_common_classes(dataset: Dataset, positions: Mapping[str, np.ndarray], tables: LabelTables) -> Dataset:
+    """The data set with the common classes in place of its own names; what no client has, has the names of all."""
+    if not tables.common and not tables.own:
+        return dataset
+    tables.check_clients(list(positions))
+    y = dataset.train.y.clone()
+    rest = np.setdiff1d(np.arange(len(y)), np.concatenate(list(positions.values())))
+    owners = {**positions, "rest": rest}
+    used = {owner: y[rows].unique().tolist() for owner, rows in owners.items()}
+    test = dataset.test
+    if test is not None:
+        used["test"] = test.y.unique().tolist()
+    names = tables.class_names(dataset.class_names, used)
+    for owner, rows in owners.items():
+        y[rows] = tables.numbers(owner, dataset.class_names, names)[y[rows]]
+    if test is not None:
+        test = Examples(test.x, tables.numbers("test", dataset.class_names, names)[test.y])
+    return replace(dataset, train=Examples(dataset.train.x, y), test=test, class_names=names)
 
 
 def _resolve_augment(augment: str, dataset: Dataset) -> str:
@@ -189,6 +297,11 @@ def _resolve_augment(augment: str, dataset: Dataset) -> str:
     return augment
 
 
+def _is_pixels(dataset: Dataset) -> bool:
+    x = dataset.train.x
+    return dataset.is_image and x.is_floating_point() and float(x.min()) >= 0 and float(x.max()) <= 1
+
+
 def _normalized(examples: Examples | None, normalization: Normalization) -> Examples | None:
     return None if examples is None else Examples(normalization.apply(examples.x), examples.y)
 
@@ -200,8 +313,11 @@ def _client_data(
     return ClientData(train=own.subset(kept), validation=own.subset(held), num_classes=num_classes, augment=augment)
 
 
-def _converted(dataset: Any, name: str) -> Examples:
+def _converted(dataset: Any, name: str, number: Numbering | None) -> Examples:
     try:
-        return from_python(dataset)
+        return from_python(dataset, number)
     except DataError as error:
-        raise DataError(error.what, where=name, fix=error.fix) from None
+        fix = error.fix
+        if error.what == "the labels are not numbers" or "is not a whole number: '" in error.what:
+            fix += ", or give class_names for labels that are texts"
+        raise DataError(error.what, where=name, fix=fix) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ _INPUT_NAMES = ("image", "img", "pixel_values", "x", "input", "inputs", "feature
 _TEXT_NAMES = ("text", "input_ids", "prompt", "sentence")
 
 
-def from_python(dataset: Any) -> Examples:
+def from_python(dataset: Any, number: Callable[[Any], int] | None = None) -> Examples:
     """Turn a data set of the user's own into examples.
 
     Images become float32 with the channels first; pixels of whole numbers are divided by 255, floating point numbers
@@ -31,6 +31,7 @@ def from_python(dataset: Any) -> Examples:
         dataset: a torch ``Dataset`` (map-style or iterable) or any sequence of pairs ``(input, label)`` or of
             dictionaries with an ``image`` (or ``x``, ``features``, ...) and a ``label`` (or ``target``, ``y``, ...); a
             ``TensorDataset``; a Hugging Face ``Dataset``; a pair of tensors or arrays ``(x, y)``; or examples.
+        number: turns a label, a whole number or a text, into the number of its class; left out, labels are numbers.
 
     Returns:
         The examples, in the data set's order.
@@ -46,10 +47,10 @@ def from_python(dataset: Any) -> Examples:
     where = f"data set of type {type(dataset).__name__}"
     if isinstance(dataset, Examples):
         # Already in our form: channels come first by contract, so nothing is guessed.
-        return Examples(dataset.x.to(torch.float32), _labels(dataset.y, where))
+        return Examples(dataset.x.to(torch.float32), _labels(_numbered(dataset.y, number), where))
     whole = _whole_tensors(dataset)
     if whole is not None:
-        return _examples(whole[0], whole[1], where)
+        return _examples(whole[0], _numbered(whole[1], number), where)
     inputs: list[np.ndarray] = []
     labels: list[Any] = []
     for row, item in enumerate(_items(dataset, where)):
@@ -67,7 +68,17 @@ def from_python(dataset: Any) -> Examples:
                 where=where,
                 fix="bring all inputs to one shape",
             )
-    return _examples(np.stack(inputs), _label_array(labels, where), where)
+    return _examples(np.stack(inputs), _label_array(labels if number is None else map(number, labels), where), where)
+
+
+def _numbered(y: Tensor | np.ndarray, number: Callable[[Any], int] | None) -> Tensor | np.ndarray:
+    """Labels as numbers of the common classes; each label that occurs is looked up once."""
+    if number is None or len(y) == 0:
+        return y
+    values = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
+    names, places = np.unique(values, return_inverse=True)
+    numbers = np.array([number(name) for name in names.tolist()], dtype=np.int64)
+    return numbers[places].reshape(values.shape)
 
 
 def _whole_tensors(dataset: Any) -> tuple[Any, Any] | None:
@@ -157,7 +168,8 @@ def _input_array(x: Any, row: int, where: str) -> np.ndarray:
     return array
 
 
-def _label_array(labels: list[Any], where: str) -> np.ndarray:
+def _label_array(labels: Iterable[Any], where: str) -> np.ndarray:
+    labels = list(labels)
     for row, label in enumerate(labels):
         is_whole = isinstance(label, (bool, int, np.integer, np.bool_)) or (
             isinstance(label, (float, np.floating)) and float(label).is_integer()

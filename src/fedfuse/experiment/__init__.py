@@ -1,7 +1,7 @@
 """Where a configuration becomes objects, and objects become a run: the only room that knows YAML."""
 
 from fedfuse.experiment.comparing import compare as compare
-from fedfuse.experiment.comparing import split_outside_brackets as split_outside_brackets
+from fedfuse.experiment.comparing import comparison_name as comparison_name
 from fedfuse.experiment.configuration import Config as Config
 from fedfuse.experiment.configuration import folder_name as folder_name
 from fedfuse.experiment.configuration import read_config as read_config
@@ -10,3 +10,5 @@ from fedfuse.experiment.result import Observer as Observer
 from fedfuse.experiment.result import Result as Result
 from fedfuse.experiment.running import run as run
 from fedfuse.experiment.running import versions as versions
+from fedfuse.experiment.variations import read_variations as read_variations
+from fedfuse.experiment.variations import split_outside_brackets as split_outside_brackets

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,26 @@ from fedfuse.core.files import write_atomically
 from fedfuse.core.method import Method
 from fedfuse.core.registry import METHODS
 from fedfuse.core.settings import to_json
-from fedfuse.experiment.configuration import Config, ConfigLike, NamedSection, named, override, read_config, resolve
+from fedfuse.experiment.configuration import (
+    Config,
+    ConfigLike,
+    NamedSection,
+    folder_name,
+    named,
+    override,
+    read_config,
+    resolve,
+)
 from fedfuse.experiment.result import Observer
 from fedfuse.experiment.running import run_method, versions
 from fedfuse.experiment.setting import Loader, Setting
+from fedfuse.experiment.variations import (
+    combinations,
+    folder_of,
+    read_variations,
+    setting_folders,
+    split_outside_brackets,
+)
 
 
 def compare(
@@ -29,6 +45,7 @@ def compare(
     *,
     seeds: int | Sequence[int] = 1,
     overrides: Sequence[str] = (),
+    vary: Mapping[str, Sequence[Any]] | Sequence[str] = (),
     out: str | Path | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
@@ -40,17 +57,85 @@ def compare(
             the configuration's ``methods`` if left out.
         seeds: how many, counted from the configuration's seed, or which.
         overrides: ``section.key=value``.
+        vary: settings to several values each, such as ``{"data.partition.dirichlet_alpha": [0.1, 0.5]}``, or texts
+            ``section.key=value,value``: everything is run with each value, of several settings with each pair of
+            values, in a folder of its own.
         out: the comparison's folder. The same command continues there after a crash.
         observer: hears how far it is.
 
     Returns:
-        The board, as in ``board.json``: ``{"rows": [{"method": ..., "accuracy_mean": ..., ...}], ...}``.
+        The board, as in ``board.json``: ``{"rows": [{"method": ..., "accuracy_mean": ..., ...}], ...}``. Where
+        settings were varied, each row has its values under ``varied``.
 
     Raises:
-        ConfigError: there is nothing to compare, or a method is given twice.
+        ConfigError: there is nothing to compare, or a method or a value is given twice.
     """
     observer = observer or Observer()
     checked = read_config(config, overrides)
+    varied = read_variations(vary)
+    numbers = [checked.seed + k for k in range(seeds)] if isinstance(seeds, int) else list(seeds)
+    if not numbers:
+        raise ConfigError("there is no seed to run", where="seeds", fix="give at least 1")
+    # Every method's settings are checked, with every value, before the first client trains.
+    plans = [_plan(checked, methods, values) for values in combinations(varied)]
+    with ExitStack() as stack:
+        home = None if out is None else Path(out)
+        if home is None:
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedfuse-")))
+        if not varied:
+            return _run_plan(plans[0], numbers, home, observer, progress=(0, len(numbers) * len(plans[0].configs)))
+        board: dict[str, Any] = {}
+        finished: list[dict[str, Any]] = []
+        slugs = setting_folders([plan.varied for plan in plans])
+        loader: Loader | None = None
+        total = len(plans) * len(numbers) * len(plans[0].configs)
+        for index, (plan, slug) in enumerate(zip(plans, slugs, strict=True)):
+            # Settings that read the same files share what was read.
+            loader = Loader(plan.config, like=loader)
+            done = index * (total // len(plans))
+            part = _run_plan(plan, numbers, home / slug, observer, progress=(done, total), loader=loader)
+            for row in part["rows"]:
+                runs = [f"{slug}/{run}" for run in row["runs"]]
+                finished.append({**row, "varied": dict(plan.varied), "runs": runs})
+            board = {
+                **part,
+                "rows": finished,
+                "varied": {key: list(values) for key, values in varied.items()},
+                "boards": slugs[: index + 1],
+                "config": plans[0].first,
+            }
+            write_atomically(home / "board.json", json.dumps(board, indent=1).encode())
+    return board
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One comparison: the methods on one setting.
+
+    Args:
+        config: the configuration of the setting.
+        configs: label to the configuration of one method.
+        resolved: label to the same, whole.
+        varied: the settings that make this comparison differ from its sisters.
+    """
+
+    config: Config
+    configs: Mapping[str, Config]
+    resolved: Mapping[str, Mapping[str, Any]]
+    varied: Mapping[str, Any]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        return dict(next(iter(self.resolved.values())))
+
+
+def _plan(
+    config: Config, methods: str | Sequence[str | Mapping[str, Any] | Method], varied: Mapping[str, Any]
+) -> _Plan:
+    table: Mapping[str, Any] = config.model_dump()
+    for key, value in varied.items():
+        table = override(table, f"{key}={json.dumps(value)}", where="vary")
+    checked = read_config(table)
     if isinstance(methods, str):
         methods = split_outside_brackets(methods)
     entries = [_method_entry(entry, checked) for entry in (methods or checked.methods)]
@@ -60,54 +145,67 @@ def compare(
             where="methods",
             fix="give --methods a,b,c or a list methods: in the configuration",
         )
-    labels = [label for label, _ in entries]
-    slugs = [_slug(label) for label in labels]
-    twice = next((label for label, slug in zip(labels, slugs, strict=True) if slugs.count(slug) > 1), None)
+    slugs = [folder_of(label) for label, _ in entries]
+    twice = next((label for (label, _), slug in zip(entries, slugs, strict=True) if slugs.count(slug) > 1), None)
     if twice is not None:
         raise ConfigError(f'the method "{twice}" is given twice', where="methods", fix="give each a label of its own")
-    folder = None if out is None else Path(out)
-    numbers = [checked.seed + k for k in range(seeds)] if isinstance(seeds, int) else list(seeds)
-    if not numbers:
-        raise ConfigError("there is no seed to run", where="seeds", fix="give at least 1")
-    # Every method's settings are checked before the first client trains.
     configs = {label: checked.model_copy(update={"method": NamedSection(**section)}) for label, section in entries}
-    resolved = {label: resolve(one) for label, one in configs.items()}
-    loader = Loader(checked)
-    results: dict[str, list[Mapping[str, Any]]] = {label: [] for label in labels}
+    return _Plan(checked, configs, {label: resolve(one) for label, one in configs.items()}, varied)
+
+
+def _run_plan(
+    plan: _Plan,
+    seeds: Sequence[int],
+    home: Path,
+    observer: Observer,
+    *,
+    progress: tuple[int, int],
+    loader: Loader | None = None,
+) -> dict[str, Any]:
+    """Run what is not there yet; the board is written anew after every run."""
+    loader = loader or Loader(plan.config)
+    results: dict[str, list[Mapping[str, Any]]] = {label: [] for label in plan.configs}
     board: dict[str, Any] = {}
-    position = 0
-    with ExitStack() as stack:
-        home = folder
-        if home is None:
-            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedfuse-")))
-        for seed in numbers:
-            setting: Setting | None = None
-            for label in labels:
-                position += 1
-                observer.run_started(label, seed, position, len(numbers) * len(labels))
-                run_folder = home / _slug(label) / f"seed_{seed}"
-                table = {**resolved[label], "seed": seed}
-                facts: Mapping[str, Any] | None = _finished(run_folder, table)
-                if facts is None:
-                    setting = setting or loader.setting(seed)
-                    method = named(METHODS, configs[label].method.name, configs[label].method.others, "method")
-                    result = run_method(
-                        setting,
-                        method,
-                        configs[label],
-                        table,
-                        label=label,
-                        folder=run_folder,
-                        observer=observer,
-                        shared=home,
-                        seed=seed,
-                    )
-                    facts = result.facts
-                results[label].append({**facts, "run": f"{_slug(label)}/seed_{seed}"})
-                board = _board(results, resolved[labels[0]], numbers)
-                if folder is not None:
-                    write_atomically(folder / "board.json", json.dumps(board, indent=1).encode())
+    position, total = progress
+    observer.comparison_started(list(plan.configs), list(seeds), plan.varied)
+    for seed in seeds:
+        setting: Setting | None = None
+        for label, config in plan.configs.items():
+            position += 1
+            observer.run_started(label, seed, position, total)
+            run_folder = home / folder_of(label) / f"seed_{seed}"
+            table = {**plan.resolved[label], "seed": seed}
+            facts: Mapping[str, Any] | None = _finished(run_folder, table)
+            if facts is not None:
+                observer.run_found(label, seed, facts)
+            else:
+                setting = setting or loader.setting(seed)
+                result = run_method(
+                    setting,
+                    named(METHODS, config.method.name, config.method.others, "method"),
+                    config,
+                    table,
+                    label=label,
+                    folder=run_folder,
+                    observer=observer,
+                    shared=home,
+                    seed=seed,
+                )
+                facts = result.facts
+            results[label].append({**facts, "run": f"{folder_of(label)}/seed_{seed}"})
+            board = _board(results, plan.first, seeds)
+            write_atomically(home / "board.json", json.dumps(board, indent=1).encode())
     return board
+
+
+def comparison_name(config: Config, varied: Mapping[str, Sequence[Any]]) -> str:
+    """A name for a comparison's folder that is the same for the same question, so that the same command continues.
+
+    Args:
+        config: the configuration.
+        varied: settings that are varied; further values join those that are there.
+    """
+    return "-by-".join([f"compare-{folder_name(config)}", *varied])
 
 
 def _method_entry(entry: str | Mapping[str, Any] | Method, config: Config) -> tuple[str, dict[str, Any]]:
@@ -146,36 +244,6 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def split_outside_brackets(text: str) -> list[str]:
-    """Split at commas that stand in no bracket.
-
-    Args:
-        text: for instance ``a,b[x=1,y=2],c``.
-
-    Returns:
-        The parts without spaces around them; empty ones are left out.
-
-    Example:
-        >>> split_outside_brackets("a, b[x=1,y=2]")
-        ['a', 'b[x=1,y=2]']
-    """
-    parts, depth, current = [], 0, ""
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            parts.append(current)
-            current = ""
-        else:
-            current += letter
-    return [part.strip() for part in [*parts, current] if part.strip()]
-
-
-def _slug(label: str) -> str:
-    slug = re.sub(r"[^A-Za-z0-9_.=-]+", "_", label).strip("_.") or "method"
-    # The comparison's own folders stand beside those of the methods.
-    return f"{slug}_method" if slug in ("journal", "clients", "figures") else slug
-
-
 def _finished(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of a run that is already complete under the same configuration and version."""
     try:
@@ -207,6 +275,7 @@ def _board(
         rows.append(
             {
                 "method": label,
+                **_known_facts(runs[0]),
                 "accuracy_mean": statistics.fmean(scores) if scores else None,
                 "accuracy_std": (statistics.stdev(scores) if len(scores) > 1 else 0.0) if scores else None,
                 "accuracies": scores,
@@ -216,3 +285,15 @@ def _board(
             }
         )
     return {"rows": rows, "seeds": list(seeds), "config": dict(config), "versions": versions()}
+
+
+def _known_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adviser must know of a method besides what was measured."""
+    name = run["config"]["method"]["name"]
+    method = METHODS.get(name)
+    return {
+        "name": name,
+        "needs_server_data": method.needs_server_data,
+        "takes_heterogeneous": method.takes_heterogeneous,
+        "used_server_data": run.get("used_server_data"),
+    }

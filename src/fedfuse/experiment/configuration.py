@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import yaml
@@ -18,116 +18,12 @@ from fedfuse.core.registry import METHODS, MODELS, PARTITIONS, RUNTIMES, SOURCES
 from fedfuse.core.settings import config_error, from_json, to_json
 from fedfuse.data.augment import check_augment
 from fedfuse.data.normalize import KNOWN
-
-
-class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-
-class _OpenSection(pydantic.BaseModel):
-    """A section whose other keys are the settings of what it names."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="allow")
-
-    @property
-    def others(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class DataSection(_OpenSection):
-    """``data``: a source and its settings, and how its examples are split over clients.
-
-    Args:
-        source: name in the registry of sources.
-        partition: ``scheme`` and its settings.
-        limit: use the first training rows only; ``None`` is all.
-        test_limit: use the first test rows only; ``None`` is all.
-        validation_fraction: part of each client's training data that is set apart, in [0, 1).
-        normalize: ``auto``, ``none``, or ``{mean: [...], std: [...]}``.
-        augment: name of an augmentation, ``none`` or ``auto``.
-    """
-
-    source: str
-    partition: dict[str, Any] = pydantic.Field(default_factory=lambda: {"scheme": "iid", "num_clients": 5})
-    limit: pydantic.PositiveInt | None = None
-    test_limit: pydantic.PositiveInt | None = None
-    validation_fraction: float = pydantic.Field(0.1, ge=0, lt=1)
-    normalize: str | dict[str, list[float]] = "auto"
-    augment: str = "auto"
-
-
-class ModelSection(_OpenSection):
-    """``model``: a family and its settings; ``clients`` gives single clients a model of their own.
-
-    Args:
-        family: name in the registry of models.
-        clients: client id to the settings that differ for it; may name another family.
-    """
-
-    family: str = "cnn"
-    clients: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
-
-
-class NamedSection(_OpenSection):
-    """``method`` and ``runtime``: a name in a registry and its settings.
-
-    Args:
-        name: the registry key.
-    """
-
-    name: str
-
-
-class FederationSection(_Section):
-    """``federation``: what the operator decides about every exchange.
-
-    Args:
-        quorum: fraction of the clients that must answer, in (0, 1].
-        timeout_s: most seconds that one client may take; ``None`` is no limit.
-        max_upload_bytes: uploads above are refused.
-    """
-
-    quorum: float = pydantic.Field(1.0, gt=0, le=1)
-    timeout_s: pydantic.PositiveFloat | None = None
-    max_upload_bytes: pydantic.PositiveInt = 4 << 30
-
-
-class ServerSection(_Section):
-    """``server``: how the server computes.
-
-    Args:
-        threads: torch threads; ``None`` is one per core and is written into the run's configuration, because the
-            number changes bits.
-        device: ``cpu``, ``cuda`` or ``auto``.
-    """
-
-    threads: pydantic.PositiveInt | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-class Config(_Section):
-    """A whole configuration; see the sections.
-
-    Args:
-        seed: decides every random choice of the run.
-        data: where examples come from and who holds what.
-        model: what clients own.
-        method: how their uploads are fused.
-        runtime: what carries requests to clients.
-        federation: the operator's decisions.
-        server: how the server computes.
-        methods: for ``compare``: names, or tables like ``method`` with an optional ``label``.
-    """
-
-    seed: int = 0
-    data: DataSection
-    model: ModelSection = pydantic.Field(default_factory=ModelSection)
-    method: NamedSection = pydantic.Field(default_factory=lambda: NamedSection(name="fusefl"))
-    runtime: NamedSection = pydantic.Field(default_factory=lambda: NamedSection(name="local"))
-    federation: FederationSection = pydantic.Field(default_factory=lambda: FederationSection.model_validate({}))
-    server: ServerSection = pydantic.Field(default_factory=ServerSection)
-    methods: list[str | dict[str, Any]] = pydantic.Field(default_factory=list)
-
+from fedfuse.data.server import HeldOut
+from fedfuse.experiment.sections import Config as Config
+from fedfuse.experiment.sections import DataSection as DataSection
+from fedfuse.experiment.sections import ModelSection as ModelSection
+from fedfuse.experiment.sections import NamedSection as NamedSection
+from fedfuse.experiment.sections import ServerDataSection as ServerDataSection
 
 ConfigLike = str | Path | Mapping[str, Any] | Config
 
@@ -243,7 +139,8 @@ def resolve(config: Config) -> dict[str, Any]:
         "data": {
             "source": data.source,
             **to_json(source_of(data)),
-            **data.model_dump(include=set(DataSection.model_fields) - {"source", "partition"}),
+            **data.model_dump(include=set(DataSection.model_fields) - {"source", "partition", "server"}),
+            "server": None if data.server is None else _resolved_server(data.server),
             "partition": {"scheme": scheme, **to_json(partition)},
         },
         "model": {
@@ -296,6 +193,47 @@ def source_of(data: DataSection) -> Any:
             fix="repeat it from that program: fedfuse.run(model=..., clients=...)",
         )
     return named(SOURCES, data.source, data.others, "data", *DataSection.model_fields)
+
+
+def server_part_of(server: ServerDataSection) -> HeldOut | Any:
+    """What the server's data is made from.
+
+    Args:
+        server: the section.
+
+    Returns:
+        The part to hold out, or the settings of a source.
+
+    Raises:
+        ConfigError: it names both or neither, or a setting is wrong.
+    """
+    if server.source is not None:
+        if server.fraction is not None or server.num_examples is not None:
+            raise ConfigError(
+                "the server's data has a source and the size of a part",
+                where="data.server",
+                fix="give a source, or a part of the training data to hold out, not both",
+            )
+        if server.source == "own":
+            raise ConfigError(
+                "this run had server data of a program's own",
+                where="data.server.source",
+                fix="repeat it from that program: fedfuse.run(..., server_data=...)",
+            )
+        return named(SOURCES, server.source, server.others, "data.server", *ServerDataSection.model_fields)
+    for key in server.others:
+        fix = did_you_mean(key, ServerDataSection.model_fields)
+        raise ConfigError(f'unknown setting "{key}"', where=f"data.server.{key}", fix=fix)
+    return HeldOut(fraction=server.fraction, num_examples=server.num_examples)
+
+
+def _resolved_server(server: ServerDataSection) -> dict[str, Any]:
+    if server.source == "own":
+        return {"source": "own", "labelled": server.labelled}
+    part = server_part_of(server)
+    if isinstance(part, HeldOut):
+        return {"fraction": part.fraction, "num_examples": part.num_examples, "labelled": server.labelled}
+    return {"source": server.source, **to_json(part), "limit": server.limit, "labelled": server.labelled}
 
 
 def partition_of(data: DataSection) -> tuple[str, Any]:

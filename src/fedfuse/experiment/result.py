@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,15 @@ from fedfuse.core.errors import ConfigError
 class Observer:
     """Hears how far a run is; the default is silent."""
 
+    def comparison_started(self, labels: Sequence[str], seeds: Sequence[int], varied: Mapping[str, Any]) -> None:
+        """A comparison begins, or the next of several on other settings.
+
+        Args:
+            labels: the methods' labels.
+            seeds: the seeds that each runs with.
+            varied: the settings that differ from the other comparisons; empty where there is one only.
+        """
+
     def run_started(self, label: str, seed: int, position: int, total: int) -> None:
         """A run of a comparison begins.
 
@@ -24,6 +33,15 @@ class Observer:
             seed: the run's seed.
             position: 1 to total.
             total: runs in all.
+        """
+
+    def run_found(self, label: str, seed: int, facts: Mapping[str, Any]) -> None:
+        """The run that just began is complete already, from an earlier command.
+
+        Args:
+            label: the method's label.
+            seed: the run's seed.
+            facts: what its ``result.json`` holds.
         """
 
     def exchange(self, key: str, client_id: str, done: int, total: int, fraction: float) -> None:

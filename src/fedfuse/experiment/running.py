@@ -11,26 +11,32 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from fedfuse.core import VERSION
 from fedfuse.core.artifact import Artifact
+from fedfuse.core.checkpoints import Checkpoints
 from fedfuse.core.client import ClientSide, StateStore, fixed_threads, peak_rss_bytes, reset_peak_rss
 from fedfuse.core.cohort import Cohort, Terms
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.examples import InputSpace
 from fedfuse.core.files import write_atomically
 from fedfuse.core.journal import Journal
 from fedfuse.core.ledger import Ledger
-from fedfuse.core.method import Fused, Job, Method
+from fedfuse.core.method import Fused, Method
+from fedfuse.core.payload import Payload
 from fedfuse.core.registry import METHODS, RUNTIMES
 from fedfuse.core.seeding import Rng, derive_seed
 from fedfuse.core.settings import to_json
+from fedfuse.data.federate import FederatedData
+from fedfuse.data.labels import LabelSetting
 from fedfuse.experiment.configuration import (
     Config,
     ConfigLike,
@@ -42,8 +48,10 @@ from fedfuse.experiment.configuration import (
 )
 from fedfuse.experiment.result import Observer, Result
 from fedfuse.experiment.setting import Loader, Setting, own_setting
+from fedfuse.experiment.watching import WatchedJob
 from fedfuse.models.normalized import normalized_artifact
 from fedfuse.training.evaluation import evaluate
+from fedfuse.training.memory import keep_freed_memory
 
 
 def run(
@@ -57,6 +65,10 @@ def run(
     runtime: Mapping[str, Any] | None = None,
     federation: Mapping[str, Any] | None = None,
     validation_fraction: float = 0.1,
+    server_data: Any = None,
+    class_names: Sequence[str] | None = None,
+    labels: LabelSetting | None = None,
+    resize: int | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
     observer: Observer | None = None,
@@ -74,6 +86,12 @@ def run(
         runtime: ``{"name": "local", ...}``.
         federation: ``{"quorum": ..., "timeout_s": ...}``.
         validation_fraction: part of each client's data that is set apart, for data of one's own.
+        server_data: data of the server's own, for methods that use some: a tensor or array of inputs, or any kind that
+            ``clients`` takes, whose labels are left out. No row of it may be in the test part.
+        class_names: name of each class, for data of one's own; labels may then be texts.
+        labels: for clients whose labels differ: own name of a class to its name in ``class_names``, or under a
+            client's id a table of that client's own; numbers count as their digits.
+        resize: side in pixels that all images of one's own are brought to.
         seed: instead of the configuration's.
         out: the run's folder; without it a run with data of one's own stays in memory.
         observer: hears how far the run is.
@@ -85,6 +103,12 @@ def run(
         ConfigError: what is given cannot be run.
     """
     if config is not None:
+        if class_names is not None or labels is not None or resize is not None:
+            raise ConfigError(
+                "class_names, labels and resize are for data of one's own",
+                where="fedfuse.run",
+                fix="set data.labels and data.resize in the configuration",
+            )
         checked = read_config(config, [*overrides, *([] if seed is None else [f"seed={seed}"])])
     else:
         sections = {"runtime": runtime, "federation": federation}
@@ -96,10 +120,22 @@ def run(
         checked = checked.model_copy(update={"method": NamedSection(name=method.name, **to_json(method))})
     if config is not None:
         resolved = resolve(checked)
-        setting = Loader(checked).setting(checked.seed)
+        if server_data is not None:
+            resolved["data"]["server"] = {"source": "own", "labelled": False}
+        setting = Loader(checked, server_data).setting(checked.seed)
     else:
-        setting = own_setting(model, clients, test, seed=checked.seed, validation_fraction=validation_fraction)
-        resolved = _own_config(checked, model, validation_fraction)
+        setting = own_setting(
+            model,
+            clients,
+            test,
+            seed=checked.seed,
+            validation_fraction=validation_fraction,
+            server_data=server_data,
+            class_names=class_names,
+            labels=labels,
+            resize=resize,
+        )
+        resolved = _own_config(checked, model, validation_fraction, server_data is not None)
     return run_method(
         setting,
         method if isinstance(method, Method) else named(METHODS, checked.method.name, checked.method.others, "method"),
@@ -111,14 +147,18 @@ def run(
     )
 
 
-def _own_config(config: Config, model: Any, validation_fraction: float) -> dict[str, Any]:
+def _own_config(config: Config, model: Any, validation_fraction: float, has_server_data: bool) -> dict[str, Any]:
     """What can be written down of a run on a model and data of the user's own."""
     name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "own")
     method = named(METHODS, config.method.name, config.method.others, "method")
     runtime = named(RUNTIMES, config.runtime.name, config.runtime.others, "runtime")
     return {
         "seed": config.seed,
-        "data": {"source": "own", "validation_fraction": validation_fraction},
+        "data": {
+            "source": "own",
+            "validation_fraction": validation_fraction,
+            "server": {"source": "own"} if has_server_data else None,
+        },
         "model": {"family": "own", "name": name},
         "method": {"name": config.method.name, **to_json(method)},
         "runtime": {"name": config.runtime.name, **to_json(runtime)},
@@ -143,6 +183,7 @@ def run_method(
 
     ``shared`` holds the journal of a comparison, so that methods that ask the same question share the answer.
     """
+    keep_freed_memory()
     seed = config.seed if seed is None else seed
     data, home = setting.data, shared or folder
     ledger, lines = Ledger(), []
@@ -168,12 +209,16 @@ def run_method(
         }
         runtime = runtime_settings.open(sides)
         stack.callback(runtime.close)
-        job = Job(
+        job = WatchedJob(
             model=setting.model,
             client_models=setting.client_models,
+            server_data=data.server,
             rng=Rng(derive_seed(seed, "server")),
             device=_server_device(config),
             progress=observer.server,
+            inputs=_inputs(data),
+            checkpoints=_checkpoints(folder, method, config, resolved, seed),
+            picture=_Pictures(folder),
         )
         cohort = Cohort(
             runtime=runtime,
@@ -195,6 +240,7 @@ def run_method(
         finally:
             _write_progress(folder, ledger, lines)
         wall_seconds = time.perf_counter() - start
+        job.checkpoints.clear()
         for key in journal.broken:
             observer.note(f"the journal's entry {key[:8]} was damaged and was asked for again")
         result = _judge(setting, fused, cohort, job, label, resolved, seed, folder, wall_seconds)
@@ -208,7 +254,7 @@ def _judge(
     setting: Setting,
     fused: Fused,
     cohort: Cohort,
-    job: Job,
+    job: WatchedJob,
     label: str,
     resolved: Mapping[str, Any],
     seed: int,
@@ -266,6 +312,7 @@ def _judge(
             "path": "artifact",
         },
         "facts": dict(job.facts),
+        "used_server_data": job.used_server_data,
         "uploads": cohort.uploads,
         "versions": versions(),
         "config": dict(resolved),
@@ -297,6 +344,32 @@ def _shipped(setting: Setting, fused: Fused, cohort: Cohort, label: str) -> tupl
 def _digest_of(personal: Mapping[str, Artifact]) -> str:
     text = json.dumps({client_id: artifact.digest() for client_id, artifact in personal.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _inputs(data: FederatedData) -> InputSpace:
+    augment = next(iter(data.clients.values())).augment if data.clients else "none"
+    return InputSpace(data.normalization.mean, data.normalization.std, data.is_pixels, augment)
+
+
+def _checkpoints(
+    folder: Path | None, method: Method, config: Config, resolved: Mapping[str, Any], seed: int
+) -> Checkpoints:
+    own = [method.name, to_json(method), resolved.get("data"), resolved.get("model")]
+    facts = [VERSION, *own, server_threads(config), str(_server_device(config)), seed]
+    question = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Checkpoints(None if folder is None else folder / "checkpoints", question)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Writes images for the report to draw; drawing itself is the report's."""
+
+    folder: Path | None
+
+    def __call__(self, name: str, images: Tensor) -> None:
+        if self.folder is not None:
+            pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            write_atomically(self.folder / "pictures" / f"{name}.safetensors", Payload({"images": pixels}).encode())
 
 
 def _server_device(config: Config) -> torch.device:

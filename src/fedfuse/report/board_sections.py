@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from fedfuse.core.errors import ConfigError
 from fedfuse.report import plots
+from fedfuse.report.advice import SOURCE, advise, typical_constraints
 from fedfuse.report.layout import Cell, Gallery, Part, Row, Section, SortableTable, cell
 from fedfuse.report.plots.accuracy import pareto_front
 from fedfuse.report.reading import Board, BoardRow, Run, read_run
@@ -19,6 +20,7 @@ from fedfuse.report.shared_sections import (
     exchange_rows,
     holdings_section,
     journal_words,
+    made_pictures,
     origin_sections,
 )
 from fedfuse.report.units import DASH, format_bytes, format_count, format_seconds, shorten
@@ -87,8 +89,9 @@ def board_sections(board: Board, runs: FirstRuns, folder: Path, gallery: Gallery
             text += " A ring is a bound, not a federated method."
         picture = gallery.hang("accuracy", figure, f"Test accuracy of each method: {words}.")
         sections.append(Section("accuracy", "Accuracy of each method", text, [picture]))
-    if len([row for row in scored if "upload_bytes" in row.costs]) > 1:
-        sections.append(_against_upload(board, gallery))
+    for cost in ("upload_bytes", "server_seconds"):
+        if len([row for row in scored if cost in row.costs]) > 1:
+            sections.append(_against_cost(board, cost, gallery))
     if runs:
         sections.append(_by_method(board, runs, gallery))
     if board.rows:
@@ -96,6 +99,7 @@ def board_sections(board: Board, runs: FirstRuns, folder: Path, gallery: Gallery
     sections.append(_board_left(runs))
     text = "That of the first method; each run's folder holds its own."
     sections += origin_sections(board.config, board.versions, text)
+    sections.append(advice_section(board))
     return [section for section in sections if section is not None]
 
 
@@ -120,12 +124,34 @@ def _first_run(row: BoardRow, folder: Path) -> Run | None:
     return None
 
 
-def _against_upload(board: Board, gallery: Gallery) -> Section:
-    front = [method_title(row.method) for row in pareto_front(board.rows)]
-    described = f"Accuracy against upload per client. Not beaten in both: {', '.join(front)}."
-    picture = gallery.hang("accuracy-against-upload", plots.accuracy_against_upload(board.rows), described)
-    text = "Up and to the left is better. No method beats those on the line in both accuracy and bytes."
-    return Section("upload", "Accuracy against what a client uploads", text, [picture])
+def advice_section(board: Board) -> Section | None:
+    """Which method to choose under three typical constraints; nothing where no method was scored.
+
+    Args:
+        board: the comparison.
+    """
+    if not any(row.accuracy is not None for row in board.rows):
+        return None
+    facts = [
+        (constraints.in_words(), " ".join(advise(board, constraints))) for constraints in typical_constraints(board)
+    ]
+    text = f"{SOURCE} Other constraints: fedfuse advise."
+    return Section("advice", "Which method to choose", text, facts=facts)
+
+
+def _against_cost(board: Board, cost: str, gallery: Gallery) -> Section:
+    upload = cost == "upload_bytes"
+    front = [method_title(row.method) for row in pareto_front(board.rows, cost)]
+    words = "upload per client" if upload else "computing time of the server"
+    described = f"Accuracy against {words}. Not beaten in both: {', '.join(front)}."
+    name = f"accuracy-against-{'upload' if upload else 'server-time'}"
+    picture = gallery.hang(name, plots.accuracy_against_cost(board.rows, cost), described)
+    cheaper = "bytes" if upload else "time"
+    text = f"Up and to the left is better. No method beats those on the line in both accuracy and {cheaper}."
+    if not upload:
+        text += " Clients' own training is not counted here."
+    title = "Accuracy against what a client uploads" if upload else "Accuracy against what the server computes"
+    return Section("upload" if upload else "server-time", title, text, [picture])
 
 
 def _by_method(board: Board, runs: FirstRuns, gallery: Gallery) -> Section:
@@ -138,6 +164,7 @@ def _by_method(board: Board, runs: FirstRuns, gallery: Gallery) -> Section:
             pictures.append(client_picture(run, gallery, f"clients-{row.method}"))
         if run.confusion:
             pictures.append(confusion_picture(run, gallery, f"confusion-{row.method}"))
+        pictures += made_pictures(run, gallery)
         if row is opened:
             pictures += curve_pictures(run, gallery, f"curves-{row.method}")
         text = f"{score(run.accuracy)}{f' · seed {run.seed}' if run.seed and row.num_seeds > 1 else ''}"

@@ -11,8 +11,9 @@ from fedfuse.core.errors import ConfigError
 from fedfuse.core.files import write_atomically
 from fedfuse.report.board_sections import board_sections, board_tiles, first_runs
 from fedfuse.report.layout import Gallery, Section
-from fedfuse.report.reading import read_board, read_run
+from fedfuse.report.reading import Board, read_board, read_run
 from fedfuse.report.run_sections import run_sections, run_tiles
+from fedfuse.report.varied_sections import varied_headline, varied_sections, varied_tiles
 from fedfuse.report.wording import board_headline, run_headline
 
 if TYPE_CHECKING:
@@ -39,16 +40,7 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     gallery = Gallery(folder / "figures")
     if (folder / "board.json").is_file():
-        board = read_board(folder)
-        runs = first_runs(board, folder)
-        seeds = f"seed{'' if len(board.seeds) == 1 else 's'} {', '.join(board.seeds)}" if board.seeds else ""
-        html = _render(
-            kicker=["comparison", f"{len(board.rows)} method{'' if len(board.rows) == 1 else 's'}", seeds],
-            headline=board_headline(board),
-            tiles=board_tiles(board, runs),
-            sections=board_sections(board, runs, folder, gallery),
-            versions=board.versions,
-        )
+        html = _board_page(read_board(folder), folder, gallery)
     elif (folder / "result.json").is_file():
         run = read_run(folder)
         html = _render(
@@ -66,6 +58,31 @@ def write_report(folder: str | Path) -> Path:
         )
     write_atomically(folder / PAGE, html.encode("utf-8"))
     return folder / PAGE
+
+
+def _board_page(board: Board, folder: Path, gallery: Gallery) -> str:
+    seeds = f"seed{'' if len(board.seeds) == 1 else 's'} {', '.join(board.seeds)}" if board.seeds else ""
+    if board.varied:
+        # Their pages first: this one leads to them.
+        for name in board.folders:
+            inside = (folder / name).resolve().is_relative_to(folder.resolve())
+            if inside and (folder / name / "board.json").is_file() and (folder / name).resolve() != folder.resolve():
+                write_report(folder / name)
+        return _render(
+            kicker=["comparison", f"{len(board.settings)} settings", seeds],
+            headline=varied_headline(board),
+            tiles=varied_tiles(board),
+            sections=varied_sections(board, folder, gallery),
+            versions=board.versions,
+        )
+    runs = first_runs(board, folder)
+    return _render(
+        kicker=["comparison", f"{len(board.rows)} method{'' if len(board.rows) == 1 else 's'}", seeds],
+        headline=board_headline(board),
+        tiles=board_tiles(board, runs),
+        sections=board_sections(board, runs, folder, gallery),
+        versions=board.versions,
+    )
 
 
 def _render(

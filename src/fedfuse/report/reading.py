@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ class Run:
         versions: of the software.
         curves: learning curves in order of asking.
         exchanges: what crossed, in order of asking.
+        pictures: name to a file of images that the method made.
     """
 
     method: str
@@ -121,6 +122,7 @@ class Run:
     versions: Mapping[str, Any]
     curves: tuple[Curve, ...] = ()
     exchanges: tuple[ExchangeRow, ...] = ()
+    pictures: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def personal(self) -> bool:
@@ -142,6 +144,11 @@ class BoardRow:
         num_seeds: how many runs the means are over.
         costs: means over seeds, by name.
         runs: folders of the runs, relative to the comparison's.
+        name: of the method in the registry; the start of the label where the file does not say.
+        needs_server_data: whether it refuses to run without data of the server's own; ``None`` where nobody knows.
+        takes_heterogeneous: whether clients may own models of different architectures; ``None`` where nobody knows.
+        used_server_data: whether it looked at data of the server's own in these runs; ``None`` where nobody knows.
+        varied: the settings that differ from row to row, with this row's values.
     """
 
     method: str
@@ -151,6 +158,11 @@ class BoardRow:
     num_seeds: int
     costs: Mapping[str, float]
     runs: tuple[str, ...]
+    name: str = ""
+    needs_server_data: bool | None = None
+    takes_heterogeneous: bool | None = None
+    used_server_data: bool | None = None
+    varied: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,12 +174,28 @@ class Board:
         seeds: of the runs.
         config: the resolved configuration.
         versions: of the software.
+        varied: settings that were varied, with their values; empty for a comparison on one setting.
+        folders: of the single comparisons, relative to this one's, where settings were varied.
     """
 
     rows: tuple[BoardRow, ...]
     seeds: tuple[str, ...]
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
+    varied: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> list[tuple[Mapping[str, Any], Board]]:
+        """The comparisons on single settings, each with the values that make it differ, in the order of the file."""
+        if not self.varied:
+            return [({}, self)]
+        grouped: dict[str, list[BoardRow]] = {}
+        for row in self.rows:
+            grouped.setdefault(json.dumps(row.varied, sort_keys=True, default=str), []).append(row)
+        return [
+            (rows[0].varied, Board(tuple(rows), self.seeds, self.config, self.versions)) for rows in grouped.values()
+        ]
 
     @property
     def ranked(self) -> list[BoardRow]:
@@ -185,7 +213,8 @@ def read_run(folder: Path) -> Run:
         ConfigError: there is no ``result.json``, or a file is no JSON table.
     """
     ledger = read_table(folder / "ledger.json") if (folder / "ledger.json").is_file() else {}
-    return parse_run(read_table(folder / "result.json"), _lines(folder / "metrics.jsonl"), ledger)
+    run = parse_run(read_table(folder / "result.json"), _lines(folder / "metrics.jsonl"), ledger)
+    return replace(run, pictures={file.stem: file for file in sorted((folder / "pictures").glob("*.safetensors"))})
 
 
 def read_board(folder: Path) -> Board:
@@ -248,6 +277,8 @@ def parse_board(board: Mapping[str, Any]) -> Board:
         seeds=tuple(str(seed) for seed in _list(board.get("seeds"))),
         config=_table(board.get("config")),
         versions=_table(board.get("versions")),
+        varied={key: tuple(_list(values)) for key, values in _table(board.get("varied")).items()},
+        folders=tuple(str(folder) for folder in _list(board.get("boards"))),
     )
 
 
@@ -326,7 +357,16 @@ def _board_row(table: Mapping[str, Any]) -> BoardRow:
         num_seeds=int(number(table.get("num_seeds")) or len(accuracies) or len(runs)),
         costs=_numbers({name: table.get(name) for name in COSTS}),
         runs=runs,
+        name=str(table.get("name") or ""),
+        needs_server_data=_truth(table.get("needs_server_data")),
+        takes_heterogeneous=_truth(table.get("takes_heterogeneous")),
+        used_server_data=_truth(table.get("used_server_data")),
+        varied=_table(table.get("varied")),
     )
+
+
+def _truth(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _curves(lines: Iterable[Mapping[str, Any]]) -> tuple[Curve, ...]:

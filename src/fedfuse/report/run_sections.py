@@ -18,6 +18,7 @@ from fedfuse.report.shared_sections import (
     facts_of,
     holdings_section,
     journal_words,
+    made_pictures,
     origin_sections,
 )
 from fedfuse.report.units import DASH, format_bytes, format_count, format_seconds, number
@@ -66,6 +67,10 @@ def run_sections(run: Run, gallery: Gallery) -> list[Section]:
         text = "One line a client, one panel an exchange."
         exchanges = list(dict.fromkeys(curve.exchange for curve in run.curves))
         sections.append(Section("curves", "How the clients learnt", text + _drawn(exchanges), curves))
+    made = made_pictures(run, gallery)
+    if made:
+        text = "What the student learnt from, a class after another."
+        sections.append(Section("made", "What the method made", text, made))
     costs = _cost_facts(run)
     if costs:
         sections.append(Section("costs", "What it cost", "Bytes are encoded sizes, as sent.", facts=costs))

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedfuse.core.errors import PayloadError
+from fedfuse.core.payload import Payload
 from fedfuse.report import plots
 from fedfuse.report.layout import Cell, Gallery, Row, Section, cell
 from fedfuse.report.reading import ExchangeRow, Run
@@ -169,3 +171,21 @@ def _fact(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return format_count(value)
     return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 300)
+
+
+def made_pictures(run: Run, gallery: Gallery) -> list[Markup]:
+    """The images that a run's method made; files that are broken are passed over.
+
+    Args:
+        run: the run.
+        gallery: where pictures go.
+    """
+    found = []
+    for name, file in run.pictures.items():
+        try:
+            images = Payload.decode(file.read_bytes()).tensor("images").numpy()
+        except (OSError, PayloadError):
+            continue
+        described = f"Images that {name} made, a class after another."
+        found.append(gallery.hang(f"made-{name}", plots.image_sheet(images), described))
+    return found

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.report.reading import BoardRow, parse_board, parse_run
 from fedfuse.report.units import format_bytes as format_bytes
-from fedfuse.report.units import format_count, format_percent
+from fedfuse.report.units import format_count, format_percent, in_words
 from fedfuse.report.units import format_seconds as format_seconds
 from fedfuse.report.wording import leader, score
 
@@ -59,24 +59,31 @@ def print_result(result: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def print_board(board: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a comparison, the most accurate method first; its accuracy is bold.
+    """Print a comparison, the most accurate method first; its accuracy is bold. Each setting has a table of its own.
 
     Args:
         board: as in ``board.json``.
         console: where; the terminal if left out.
     """
     from rich.console import Console
+
+    console = console or Console()
+    for varied, part in parse_board(board).settings:
+        if varied:
+            console.print(f"\n{in_words(varied)}", markup=False, highlight=False)
+        _print_setting(part.ranked, console)
+
+
+def _print_setting(rows: Sequence[BoardRow], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or Console()
     # In a narrow terminal both times become one column, so that no number is cut.
     narrow = console.width < WIDE_COLUMNS
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(COLUMNS[0], overflow="fold")
     for name in (*COLUMNS[1:-2], "time") if narrow else COLUMNS[1:]:
         table.add_column(name, justify="right", no_wrap=True)
-    rows = parse_board(board).ranked
     best = leader(rows)
     for row in rows:
         cells = [escape(cell) for cell in board_cells(row)]
@@ -92,6 +99,8 @@ def print_board(board: Mapping[str, Any], console: Console | None = None) -> Non
 def board_markdown(board: Mapping[str, Any]) -> str:
     """The table of a comparison in Markdown, the most accurate method first; its accuracy is bold.
 
+    Each setting has a table of its own, under its values.
+
     Args:
         board: as in ``board.json``.
 
@@ -103,7 +112,14 @@ def board_markdown(board: Mapping[str, Any]) -> str:
         >>> print(board_markdown({"rows": [row]}).splitlines()[2])
         | fusefl | **94.0 %** | 1.5 KiB | – | 5 | – | – | – |
     """
-    rows = parse_board(board).ranked
+    parts = []
+    for varied, part in parse_board(board).settings:
+        heading = f"**{_escaped(in_words(varied))}**\n\n" if varied else ""
+        parts.append(heading + _setting_markdown(part.ranked))
+    return "\n".join(parts)
+
+
+def _setting_markdown(rows: Sequence[BoardRow]) -> str:
     best = leader(rows)
     lines = [f"| {' | '.join(COLUMNS)} |", f"|:---|{'---:|' * (len(COLUMNS) - 1)}"]
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 DASH = "–"
 
@@ -102,6 +103,19 @@ def format_count(count: float | None) -> str:
     if count is None:
         return DASH
     return f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
+
+
+def in_words(settings: Mapping[str, object]) -> str:
+    """Settings and their values in a few words: the last word of each key.
+
+    Args:
+        settings: full key to value.
+
+    Example:
+        >>> in_words({"data.partition.dirichlet_alpha": 0.1, "data.partition.num_clients": 5})
+        'dirichlet_alpha 0.1, num_clients 5'
+    """
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from fedfuse.report import plots
 from fedfuse.report.plots.accuracy import pareto_front
 from fedfuse.report.plots.curves import shown_exchanges
-from fedfuse.report.reading import BoardRow, ClientRow, Curve, ExchangeRow
+from fedfuse.report.plots.labels import overlap, place_numbers, spread_out
+from fedfuse.report.plots.style import new_figure
+from fedfuse.report.reading import Board, BoardRow, ClientRow, Curve, ExchangeRow
 
 
 def _row(method: str, accuracy: float | None, upload: float, accuracies: tuple[float, ...] = ()) -> BoardRow:
@@ -51,7 +58,7 @@ def test_accuracy_is_ranked_and_written() -> None:
 
 
 def test_uploads_of_nothing_stand_left_of_all_others() -> None:
-    figure = plots.accuracy_against_upload([_row("silent", 0.4, 0), _row("loud", 0.9, 4096)])
+    figure = plots.accuracy_against_cost([_row("silent", 0.4, 0), _row("loud", 0.9, 4096)])
     assert {"silent", "loud", "nothing", "4 KiB"} <= _texts(figure)
 
 
@@ -123,7 +130,7 @@ def test_costs_are_written_beside_their_bars() -> None:
     [
         (lambda: plots.who_holds_what({}, []), "The run does not say which client holds which classes."),
         (lambda: plots.accuracy_by_method([]), "No method was scored: there is no test set."),
-        (lambda: plots.accuracy_against_upload([]), "No method has both an accuracy and an upload size."),
+        (lambda: plots.accuracy_against_cost([]), "No method has both an accuracy and an upload size."),
         (
             lambda: plots.confusion_matrix([], []),
             "There is no confusion matrix: the model was not scored on a test set.",
@@ -164,3 +171,72 @@ def test_no_picture_stays_open() -> None:
 
     plots.accuracy_by_method([_row("a", 0.5, 1)])
     assert plt.get_fignums() == []
+
+
+def test_many_methods_are_numbered_by_rank_and_named_in_a_list() -> None:
+    rows = [_row(f"method_{i:02d}", 0.3 + 0.02 * i, 1000 if i % 3 else 4000, (0.3, 0.4)) for i in range(30)]
+    for cost in ("upload_bytes", "server_seconds"):
+        figure = plots.accuracy_against_cost(
+            [replace(row, costs={**row.costs, "server_seconds": 10.0 ** (i % 4 - 2)}) for i, row in enumerate(rows)],
+            cost,
+        )
+        assert {*map(str, range(1, 31)), *(row.method for row in rows)} <= _texts(figure)
+        listed = [text.get_text() for text in figure.axes[1].texts]
+        assert listed[:3] == ["1", "method_29", "88.0"]
+
+
+@pytest.mark.parametrize("count", [11, 30])
+def test_numbers_do_not_cover_each_other(count: int) -> None:
+    figure = new_figure(6)
+    axes = figure.subplots()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 1)
+    points = [(5.0 if i % 3 else 5.3, 0.5 + 0.001 * i) for i in range(count)]
+    boxes = place_numbers(axes, points, ["#000000"] * count)
+    assert all(overlap(a, b) < 1e-6 for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@given(st.lists(st.floats(0, 500), min_size=1, max_size=30))
+def test_heights_are_spread_out_in_order(heights: list[float]) -> None:
+    falling = sorted(heights, reverse=True)
+    found = spread_out(falling, 10, 0, 500)
+    assert len(found) == len(falling)
+    assert all(a - b >= 10 - 1e-6 for a, b in itertools.pairwise(found))
+    assert found[0] <= 500 + 1e-6
+    assert found[-1] >= -1e-6
+
+
+def test_heights_with_room_stay() -> None:
+    assert spread_out([30.0, 19.0, 5.0], 10, 0, 100) == [30.0, 19.0, 5.0]
+
+
+def _varied_board(methods: Sequence[str], values: Sequence[float], others: Sequence[int] = ()) -> Board:
+    rows = []
+    for label in methods:
+        for value in values:
+            for other in others or [0]:
+                varied = {"data.alpha": value, **({"data.clients": other} if others else {})}
+                rows.append(replace(_row(label, 0.5 + value / 10, 10), varied=varied))
+    varied_settings: dict[str, tuple[Any, ...]] = {"data.alpha": tuple(values)}
+    if others:
+        varied_settings["data.clients"] = tuple(others)
+    return Board(tuple(rows), ("0",), {}, {}, varied_settings)
+
+
+def test_a_setting_has_a_line_per_method_and_a_panel_per_other_value() -> None:
+    board = _varied_board(["fedavg", "fusefl"], [0.1, 0.4], [5, 10])
+    figure = plots.accuracy_against_setting(board, "data.alpha")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["clients 5", "clients 10"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FedAvg", "FuseFL"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0.1", "0.4"]
+    # Positive numbers stand on a logarithmic axis: 0.4 is two doublings from 0.1.
+    assert np.diff(figure.axes[0].get_xticks()).tolist() == pytest.approx([2.0])
+
+
+def test_more_lines_than_colours_are_grey_but_known_ones_are_told() -> None:
+    board = _varied_board([*(f"m{i:02d}" for i in range(29)), "fedavg"], [0.1, 0.4])
+    figure = plots.accuracy_against_setting(board, "data.alpha")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == 13
+    assert names[-1] == "18 others"
+    assert "FedAvg" in names

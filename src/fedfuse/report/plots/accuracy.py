@@ -4,18 +4,55 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from fedfuse.report.plots.labels import place_labels
+from fedfuse.report.plots.labels import place_labels, place_numbers
 from fedfuse.report.plots.style import ACCENT, GRID, INK, MUTED, PAPER, QUIET, empty_picture, in_house_style, new_figure
 from fedfuse.report.reading import BoardRow
-from fedfuse.report.units import format_bytes, shorten
+from fedfuse.report.units import format_bytes, format_seconds, shorten
 from fedfuse.report.wording import UPPER_BOUND, base_name, leader, method_title, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class CostScale:
+    """How a cost is drawn.
+
+    Args:
+        title: of its axis.
+        noun: what a method without it lacks.
+        least: what is below counts as nothing.
+        marks: where the axis may be marked.
+        written: how a value is read.
+    """
+
+    title: str
+    noun: str
+    least: float
+    marks: Sequence[float]
+    written: Callable[[float | None], str]
+
+
+SCALES = {
+    "upload_bytes": CostScale(
+        "uploaded by one client", "an upload size", 1.0, [2.0**power for power in range(50)], format_bytes
+    ),
+    "server_seconds": CostScale(
+        "computing of the server",
+        "a server time",
+        0.0005,
+        [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000, 108000, 360000],
+        format_seconds,
+    ),
+}
 
 
 @in_house_style
@@ -31,7 +68,7 @@ def accuracy_by_method(rows: Sequence[BoardRow]) -> Figure:
     best = leader(scored)
     figure = new_figure(0.4 * len(scored) + 0.95)
     axes = figure.subplots()
-    axes.set_xlim(*_window([value for row in scored for value in _reach(row)]))
+    axes.set_xlim(*window([value for row in scored for value in _reach(row)]))
     axes.set_ylim(-0.6, len(scored) - 0.4)
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
@@ -53,30 +90,38 @@ def accuracy_by_method(rows: Sequence[BoardRow]) -> Figure:
             fontweight="bold" if row is best else "normal",
         )
     axes.set_yticks(range(len(scored)), [shorten(method_title(row.method), 34) for row in scored])
-    _percent_axis(axes, "x")
+    percent_axis(axes, "x")
     axes.set_xlabel("test accuracy" + (" · mean ± standard deviation over seeds" if _seeded(scored) else ""))
     return figure
 
 
 @in_house_style
-def accuracy_against_upload(rows: Sequence[BoardRow]) -> Figure:
-    """Accuracy over the bytes that one client uploads, with the line of the methods that no other beats in both.
+def accuracy_against_cost(rows: Sequence[BoardRow], cost: str = "upload_bytes") -> Figure:
+    """Accuracy over what a method costs, with the line of the methods that no other beats in both.
+
+    Up to ten methods are named beside their points; more are numbered by rank and named in a list at the side.
 
     Args:
-        rows: of a board; those without an accuracy or an upload size are left out.
+        rows: of a board; those without an accuracy or that cost are left out.
+        cost: ``upload_bytes`` of one client, or ``server_seconds``.
     """
-    scored = [row for row in rows if row.accuracy is not None and "upload_bytes" in row.costs]
+    scale = SCALES[cost]
+    scored = [row for row in rows if row.accuracy is not None and cost in row.costs]
     if not scored:
-        return empty_picture("No method has both an accuracy and an upload size.")
-    positive = [row.costs["upload_bytes"] for row in scored if row.costs["upload_bytes"] >= 1]
-    lowest = min(positive, default=1024.0)
-    # A logarithmic axis has no zero: methods that upload nothing stand left of all others, on a mark of their own.
-    places = [_log2(row.costs["upload_bytes"], lowest) for row in scored]
-    best, front = leader(scored), pareto_front(scored)
-    figure = new_figure(4.6)
-    axes = figure.subplots()
+        return empty_picture(f"No method has both an accuracy and {scale.noun}.")
+    scored.sort(key=lambda row: -(row.accuracy or 0.0))
+    lowest = min((row.costs[cost] for row in scored if row.costs[cost] >= scale.least), default=scale.least)
+    # A logarithmic axis has no zero: methods that cost nothing stand left of all others, on a mark of their own.
+    places = [_log2(row.costs[cost], lowest, scale.least) for row in scored]
+    best, front = leader(scored), pareto_front(scored, cost)
+    numbered = len(scored) > MOST_NAMED
+    figure = new_figure(max(4.6, 0.185 * len(scored) + 0.9) if numbered else 4.6)
+    if numbered:
+        axes, listed = figure.subplots(1, 2, width_ratios=(2.6, 1))
+    else:
+        axes, listed = figure.subplots(), None
     axes.set_xlim(*_pad(min(places), max(places), 0.9))
-    axes.set_ylim(*_window([value for row in scored for value in _reach(row)]))
+    axes.set_ylim(*window([value for row in scored for value in _reach(row)]))
     axes.grid()
     line = sorted((place, row.accuracy or 0.0) for place, row in zip(places, scored, strict=True) if row in front)
     steps = _steps(line, axes.get_xlim()[1])
@@ -86,28 +131,45 @@ def accuracy_against_upload(rows: Sequence[BoardRow]) -> Figure:
         colour = ACCENT if row in front else MUTED
         if len(row.accuracies) > 1:
             low, high = (row.accuracy or 0.0) - row.spread, (row.accuracy or 0.0) + row.spread
-            axes.plot([place, place], [low, high], color=colour, linewidth=1.4, alpha=0.7, zorder=2)
-            strokes.append(((place, low), (place, high)))
-        _dot(axes, place, row.accuracy or 0.0, row, colour)
-    _bytes_axis(axes, lowest, any(row.costs["upload_bytes"] < 1 for row in scored))
-    _percent_axis(axes, "y")
-    axes.set_xlabel("uploaded by one client (logarithmic)")
+            # Among many methods the bars of the others would hide the points.
+            faint = numbered and row not in front
+            axes.plot([place, place], [low, high], color=colour, linewidth=1.4, alpha=0.25 if faint else 0.7, zorder=2)
+            if not numbered:
+                strokes.append(((place, low), (place, high)))
+        _dot(axes, place, row.accuracy or 0.0, row, colour, size=6 if numbered else 9)
+    _cost_axis(axes, lowest, any(row.costs[cost] < scale.least for row in scored), scale)
+    percent_axis(axes, "y")
+    axes.set_xlabel(f"{scale.title} (logarithmic)")
     axes.set_ylabel("test accuracy")
-    place_labels(
-        axes,
-        [(place, row.accuracy or 0.0) for place, row in zip(places, scored, strict=True)],
-        [shorten(method_title(row.method), 30) for row in scored],
-        [ACCENT if row is best else INK for row in scored],
-        strokes,
-    )
+    points = [(place, row.accuracy or 0.0) for place, row in zip(places, scored, strict=True)]
+    colours = [ACCENT if row is best else INK for row in scored]
+    if listed is not None:
+        _list_methods(listed, scored, best, front)
+        place_numbers(axes, points, colours)
+    else:
+        place_labels(axes, points, [shorten(method_title(row.method), 30) for row in scored], colours, strokes)
     return figure
 
 
-def pareto_front(rows: Sequence[BoardRow]) -> list[BoardRow]:
-    """The methods that no other beats: none is at least as accurate with at most as many bytes, and better in one.
+def _list_methods(axes: Axes, rows: Sequence[BoardRow], best: BoardRow | None, front: Sequence[BoardRow]) -> None:
+    """Number, name and accuracy of each method, from top to bottom."""
+    axes.set_axis_off()
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    for line, row in enumerate(rows):
+        style: dict[str, Any] = {"va": "center", "fontsize": 8.6, "color": ACCENT if row in front else INK}
+        style["fontweight"] = "bold" if row is best else "normal"
+        axes.text(0.09, line, f"{line + 1}", ha="right", **style)
+        axes.text(0.13, line, shorten(method_title(row.method), 25), **style)
+        axes.text(1.0, line, f"{100 * (row.accuracy or 0.0):.1f}", ha="right", **style)
+
+
+def pareto_front(rows: Sequence[BoardRow], cost: str = "upload_bytes") -> list[BoardRow]:
+    """The methods that no other beats: none is at least as accurate at no higher cost, and better in one.
 
     Args:
-        rows: of a board; those without an accuracy or an upload size are on no front, nor is training on pooled data.
+        rows: of a board; those without an accuracy or that cost are on no front, nor is training on pooled data.
+        cost: which cost.
 
     Example:
         >>> small = BoardRow("small", 0.6, 0.0, (), 1, {"upload_bytes": 10.0}, ())
@@ -117,9 +179,9 @@ def pareto_front(rows: Sequence[BoardRow]) -> list[BoardRow]:
         ['small', 'large']
     """
     points = [
-        (row.costs["upload_bytes"], -row.accuracy, row)
+        (row.costs[cost], -row.accuracy, row)
         for row in rows
-        if row.accuracy is not None and "upload_bytes" in row.costs and base_name(row.method) not in UPPER_BOUND
+        if row.accuracy is not None and cost in row.costs and base_name(row.method) not in UPPER_BOUND
     ]
     return [
         row
@@ -136,9 +198,9 @@ def _steps(line: Sequence[tuple[float, float]], right: float) -> list[tuple[floa
     return [*corners, (right, corners[-1][1])] if corners else []
 
 
-def _dot(axes: Axes, x: float, y: float, row: BoardRow, colour: str) -> None:
+def _dot(axes: Axes, x: float, y: float, row: BoardRow, colour: str, size: float = 9) -> None:
     hollow = base_name(row.method) in UPPER_BOUND
-    axes.plot([x], [y], "o", ms=9, mew=1.8, mec=colour, mfc=PAPER if hollow else colour, zorder=4)
+    axes.plot([x], [y], "o", ms=size, mew=1.8 * size / 9, mec=colour, mfc=PAPER if hollow else colour, zorder=4)
 
 
 def _seeded(rows: Sequence[BoardRow]) -> bool:
@@ -150,8 +212,12 @@ def _reach(row: BoardRow) -> list[float]:
     return [mean - row.spread, mean + row.spread, *row.accuracies]
 
 
-def _window(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis of accuracies: the values with some air, inside 0 to 100 %."""
+def window(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis of accuracies: the values with some air, inside 0 to 100 %.
+
+    Args:
+        values: that must be seen.
+    """
     low, high = _pad(min(values), max(values), 0.03)
     return max(low, min(0.0, *values) - 0.015), min(high, max(1.0, *values) + 0.015)
 
@@ -161,7 +227,13 @@ def _pad(low: float, high: float, least: float) -> tuple[float, float]:
     return low - air, high + air
 
 
-def _percent_axis(axes: Axes, side: str) -> None:
+def percent_axis(axes: Axes, side: str) -> None:
+    """Mark an axis of accuracies in per cent.
+
+    Args:
+        axes: where.
+        side: ``x`` or ``y``.
+    """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis = axes.xaxis if side == "x" else axes.yaxis
@@ -169,19 +241,19 @@ def _percent_axis(axes: Axes, side: str) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
 
 
-def _log2(num_bytes: float, lowest: float) -> float:
-    return math.log2(num_bytes if num_bytes >= 1 else lowest) - (0.0 if num_bytes >= 1 else 2.0)
+def _log2(value: float, lowest: float, least: float) -> float:
+    return math.log2(value if value >= least else lowest) - (0.0 if value >= least else 2.0)
 
 
-def _bytes_axis(axes: Axes, lowest: float, with_nothing: bool) -> None:
-    """Marks at 1, 2, 4, 8 ... bytes, of which so many are shown that they do not touch."""
+def _cost_axis(axes: Axes, lowest: float, with_nothing: bool, scale: CostScale) -> None:
+    """Round marks, of which so many are shown that they do not touch."""
     low, high = axes.get_xlim()
-    nothing = _log2(0, lowest)
-    first = math.floor(nothing + 1.6) if with_nothing else math.ceil(low)
-    step = max(1, math.ceil((high - max(first, low)) / 7))
-    powers = [power for power in range(max(first, 0), math.floor(high) + 1) if power % step == 0]
-    places: list[float] = [float(power) for power in powers]
-    texts = [format_bytes(2.0**power) for power in powers]
+    nothing = _log2(0, lowest, scale.least)
+    first = nothing + 1.6 if with_nothing else low
+    marks = [place for mark in scale.marks if first <= (place := math.log2(mark)) <= high]
+    step = max(1, math.ceil(len(marks) / 7))
+    places: list[float] = marks[::step]
+    texts = [scale.written(2.0**place) for place in places]
     if with_nothing:
         kept = [
             (place, text) for place, text in zip(places, texts, strict=True) if place > nothing + 0.12 * (high - low)

@@ -15,6 +15,8 @@ Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 # Near before far, right before left: where a reader looks for a label first.
 _ANGLES_DEG = (0, 180, 90, -90, 35, -35, 145, -145, 65, -65, 115, -115)
+_NUMBER_PX = (16.0, 11.5)
+_NUMBER_GAP_PX = 15.0
 _RADII_PX = (11.0, 19.0, 30.0, 44.0, 62.0, 84.0, 110.0)
 
 
@@ -72,6 +74,104 @@ def place_labels(
         at_x, at_y = axes.transData.inverted().transform(middle)
         axes.text(at_x, at_y, texts[index], color=colours[index], fontsize=9.5, ha="center", va="center", zorder=5)
     return boxes
+
+
+def place_numbers(axes: Axes, points: Sequence[Point], colours: Sequence[str]) -> list[Box]:
+    """Number points 1, 2, 3 ...: the numbers stand in columns beside each group of points, with thin lines to them.
+
+    Many methods cost the same, so their points stand above each other and there is no room for names.
+
+    Args:
+        axes: where; its limits must be set.
+        points: in data coordinates.
+        colours: one per point.
+
+    Returns:
+        Where the numbers stand: left, bottom, right, top in pixels, free of overlaps within a column.
+    """
+    figure = axes.get_figure(root=True)
+    if figure is None or not points:
+        return []
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    frame = axes.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    places = [(float(x), float(y)) for x, y in axes.transData.transform(list(points))]
+    boxes: list[Box] = [(0.0, 0.0, 0.0, 0.0)] * len(points)
+    for group in _groups(places):
+        left, right = min(places[i][0] for i in group), max(places[i][0] for i in group)
+        sides: dict[bool, list[int]] = {True: [], False: []}
+        for rank, index in enumerate(sorted(group, key=lambda i: -places[i][1])):
+            if right - left < 3:
+                to_right = rank % 2 == 1
+            else:
+                to_right = places[index][0] - left > right - places[index][0]
+            sides[to_right].append(index)
+        for to_right, column in sides.items():
+            heights = spread_out([places[i][1] for i in column], _NUMBER_PX[1], frame.y0 + 6, frame.y1 - 6)
+            at_x = right + _NUMBER_GAP_PX if to_right else left - _NUMBER_GAP_PX
+            at_x = min(max(at_x, frame.x0 + 10), frame.x1 - 10)
+            for index, at_y in zip(column, heights, strict=True):
+                (x, y), (text_x, text_y) = axes.transData.inverted().transform([places[index], (at_x, at_y)])
+                axes.plot([x, text_x], [y, text_y], color=QUIET, linewidth=0.7, zorder=1)
+                axes.text(
+                    text_x,
+                    text_y,
+                    str(index + 1),
+                    color=colours[index],
+                    fontsize=8.6,
+                    ha="left" if to_right else "right",
+                    va="center_baseline",
+                    zorder=5,
+                )
+                start = at_x if to_right else at_x - _NUMBER_PX[0]
+                boxes[index] = (start, at_y - _NUMBER_PX[1] / 2, start + _NUMBER_PX[0], at_y + _NUMBER_PX[1] / 2)
+    return boxes
+
+
+def spread_out(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move heights apart as little as needed.
+
+    Args:
+        heights: falling.
+        gap: least distance of two neighbours.
+        low: least height; given up where there is no room.
+        high: greatest height.
+
+    Returns:
+        Falling heights.
+
+    Example:
+        >>> spread_out([10.0, 9.0], 3.0, 0.0, 20.0)
+        [11.0, 8.0]
+    """
+    # Neighbours that touch move as one, about their common middle.
+    blocks: list[list[float]] = []
+    for height in heights:
+        blocks.append([height, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] - blocks[-1][0] < gap * (blocks[-2][1] + blocks[-1][1]) / 2:
+            middle, count = blocks.pop()
+            above = blocks[-1]
+            blocks[-1] = [(above[0] * above[1] + middle * count) / (above[1] + count), above[1] + count]
+    found = [middle + gap * ((count - 1) / 2 - k) for middle, count in blocks for k in range(int(count))]
+    for index in range(len(found)):
+        found[index] = min(found[index], high if index == 0 else found[index - 1] - gap)
+    for index in reversed(range(len(found))):
+        found[index] = max(found[index], low if index == len(found) - 1 else found[index + 1] + gap)
+    return found
+
+
+def _groups(places: Sequence[Point]) -> list[list[int]]:
+    """Points that stand so near each other that their numbers could meet, directly or through others."""
+    reach = (2 * _NUMBER_GAP_PX + _NUMBER_PX[0], 2 * _NUMBER_PX[1])
+    groups: list[list[int]] = []
+    for index, (x, y) in enumerate(places):
+        near = [
+            group
+            for group in groups
+            if any(abs(places[i][0] - x) < reach[0] and abs(places[i][1] - y) < reach[1] for i in group)
+        ]
+        groups = [*(group for group in groups if group not in near), [*(i for group in near for i in group), index]]
+    return groups
 
 
 def overlap(first: Box, second: Box) -> float:
