@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fedfuse
 from fedfuse.core.artifact import Artifact, ModelSpec, detached_state
-from fedfuse.core.errors import ArtifactError, FedfuseError
+from fedfuse.core.errors import ArtifactError, ConfigError, FedfuseError
 from fedfuse.core.payload import Payload
 from fedfuse.models import spec
 
@@ -71,6 +71,39 @@ def test_other_rules(three: list[Path], tmp_path: Path, method: str, settings: d
     if method == "median":
         torch.testing.assert_close(Artifact.read(tmp_path / "fused").state["0.weight"], wanted)
     assert Artifact.read(tmp_path / "fused").info["rule"] == method
+
+
+def test_rules_that_fuse_differences_begin_from_a_base(three: list[Path], tmp_path: Path) -> None:
+    base, one, two = states(three)
+    out = fedfuse.fuse(three[1:], method="task_arithmetic", base=three[0], scaling=1.0, out=tmp_path / "fused")
+    found = Artifact.read(out).state
+    torch.testing.assert_close(found["0.weight"], one["0.weight"] + two["0.weight"] - base["0.weight"])
+    for method in ("ties", "dare"):
+        fused = fedfuse.fuse(three[1:], method=method, base=three[0] / "model.safetensors", out=tmp_path / method)
+        # Running statistics are no weights: they are averaged.
+        assert Artifact.read(fused).state["1.running_var"].equal((one["1.running_var"] + two["1.running_var"]) / 2)
+
+
+@pytest.mark.parametrize("method", ["slerp", "karcher"])
+def test_rules_of_whole_tensors(three: list[Path], tmp_path: Path, method: str) -> None:
+    fused = fedfuse.fuse(three[:2], method=method, out=tmp_path / "fused")
+    one, two = (state["0.weight"].flatten().double() for state in states(three[:2]))
+    found = Artifact.read(fused).state["0.weight"].flatten().double()
+    cosines = [float(found @ v / (found.norm() * v.norm())) for v in (one, two)]
+    assert cosines[0] == pytest.approx(cosines[1], abs=0.05)
+    assert float(found.norm()) > float(((one + two) / 2).norm())
+
+
+def test_a_base_that_is_missing_or_not_looked_at(three: list[Path], tmp_path: Path) -> None:
+    assert refused(ConfigError, three, tmp_path, method="ties") == (
+        'the rule "ties" fuses differences from a base, and there is none\n  where: base\n'
+        "  fix:   name the checkpoint that all began with"
+    )
+    assert refused(ConfigError, three, tmp_path, base=three[0]) == (
+        'the rule "mean" does not look at a base\n  where: base\n  fix:   leave base out'
+    )
+    saved(tmp_path / "wide", 0, width=6)
+    assert "the base has (6, 1, 3, 3)" in refused(FedfuseError, three, tmp_path, method="ties", base=tmp_path / "wide")
 
 
 def test_checkpoints_without_a_recipe_give_a_checkpoint(tmp_path: Path) -> None:

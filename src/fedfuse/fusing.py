@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.core.artifact import Artifact
-from fedfuse.core.errors import ArtifactError
+from fedfuse.core.errors import ArtifactError, ConfigError
 from fedfuse.core.files import write_atomically
 from fedfuse.core.payload import Payload, PayloadFile
 from fedfuse.core.registry import RULES
 from fedfuse.core.settings import from_json
 from fedfuse.rules.rule import fuse_uploads
 
+# What normalisation layers count; rules for weights average it.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "artifact/model.safetensors")
 
 
@@ -23,17 +25,21 @@ def fuse(
     *,
     method: str = "mean",
     weights: Sequence[float] | None = None,
+    base: str | Path | None = None,
     out: str | Path,
     **settings: Any,
 ) -> Path:
     """Fuse artifacts or safetensors checkpoints of one architecture by a rule.
 
-    Tensors are read one chunk at a time, so memory does not grow with the number of files.
+    Tensors are read one chunk at a time, so memory does not grow with the number of files; slerp, karcher and ties
+    hold one whole tensor of each file.
 
     Args:
         paths: artifact folders, run folders, or ``.safetensors`` files.
         method: name in the registry of rules.
         weights: one per path; equal if left out.
+        base: where training began, named like a path; needed by the rules that fuse differences from it: dare,
+            task_arithmetic, ties.
         out: folder of the result: an artifact if the first path is one, else ``model.safetensors`` alone.
         settings: the rule's settings.
 
@@ -42,6 +48,7 @@ def fuse(
 
     Raises:
         ArtifactError: a path holds no weights, or artifacts have different recipes.
+        ConfigError: a base is missing, or is given to a rule that does not look at it.
     """
     files = [_weights_file(Path(path)) for path in paths]
     recipes = [_recipe(file.parent) for file in files]
@@ -52,7 +59,23 @@ def fuse(
             fix="fuse artifacts of one architecture",
         )
     rule = from_json(RULES.get(method), settings, where="rule")
-    state = fuse_uploads([PayloadFile(file) for file in files], rule, weights, group="")
+    if rule.of_differences != (base is not None):
+        raise ConfigError(
+            f'the rule "{method}" fuses differences from a base, and there is none'
+            if base is None
+            else f'the rule "{method}" does not look at a base',
+            where="base",
+            fix="name the checkpoint that all began with" if base is None else "leave base out",
+        )
+    uploads = [PayloadFile(file) for file in files]
+    state = fuse_uploads(
+        uploads,
+        rule,
+        weights,
+        group="",
+        base=None if base is None else PayloadFile(_weights_file(Path(base))),
+        buffers={key for upload in uploads[:1] for key in upload if key.rpartition(".")[2] in _STATISTICS},
+    )
     folder = Path(out)
     if recipes[0] is not None:
         return Artifact(recipes[0], state, info={"rule": method, "fused": [str(path) for path in paths]}).save(folder)

@@ -15,6 +15,11 @@ from fedfuse.rules.rule import Rule
 class Mean(Rule):
     """Weighted mean, accumulated in float64: identical models give that very model."""
 
+    @property
+    def is_weighted_sum(self) -> bool:
+        """Always: clients are added up one by one."""
+        return True
+
     def fuse(self, stack: Tensor, weights: Tensor) -> Tensor:
         """Sum of weight times value.
 

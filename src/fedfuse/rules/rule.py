@@ -3,27 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedfuse.core.errors import ModelError
 from fedfuse.core.payload import Value
+from fedfuse.rules.reading import Upload, in_order
 
 _CHUNK_BYTES = 64 << 20
+# Of sums: what is read and the running total together stay within a core's cache.
+_SUM_ELEMENTS = 1 << 17
+_MOST_OPEN = 200
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose values a rule prepares.
+
+    Args:
+        name: of the tensor, without its group.
+        position: of the client, in client-id order.
+        num_clients: how many there are.
+    """
+
+    name: str
+    position: int
+    num_clients: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Base of all rules that fuse every element on its own."""
+    """Base of all rules.
 
-    def fuse(self, stack: Tensor, weights: Tensor) -> Tensor:
-        """Fuse one chunk of one tensor.
+    A rule says how the clients' values of one tensor become one. Three facts about it decide how it is run: all of
+    them are ``False`` unless a rule says otherwise.
+
+    ``of_differences``: it sees the differences from the weights that all clients began with, and what it returns is
+    added to these. ``of_whole_tensors``: it must see whole tensors, flattened, and not parts of them.
+    ``is_weighted_sum``: ``fuse`` is the weighted sum of what ``prepare`` returned, so that one client at a time is
+    enough.
+
+    A rule with one of the first two is made for weights: integers and a model's buffers are averaged instead.
+    """
+
+    of_differences: ClassVar[bool] = False
+    of_whole_tensors: ClassVar[bool] = False
+
+    @property
+    def is_weighted_sum(self) -> bool:
+        """Whether clients can be added up one by one."""
+        return False
+
+    def prepare(self, values: Tensor, source: Source) -> Tensor:
+        """Change one client's values before they meet the others'.
 
         Args:
-            stack: the clients' values, shape ``(num_clients, n)``, float64.
+            values: shape ``(n,)``, float64; not to be changed in place.
+            source: whose they are.
+
+        Returns:
+            Shape ``(n,)``, float64.
+        """
+        return values
+
+    def fuse(self, stack: Tensor, weights: Tensor) -> Tensor:
+        """Fuse one chunk of one tensor, or the whole of it.
+
+        Args:
+            stack: the clients' prepared values, shape ``(num_clients, n)``, float64.
             weights: shape ``(num_clients,)``, float64, sums to 1.
 
         Returns:
@@ -32,28 +84,43 @@ class Rule:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Mean(Rule):
+    """What integers and buffers get under the rules for weights."""
+
+    @property
+    def is_weighted_sum(self) -> bool:
+        return True
+
+
 def fuse_uploads(
     uploads: Sequence[Mapping[str, Value]],
     rule: Rule,
     weights: Sequence[float] | None = None,
     *,
     group: str = "model",
+    base: Mapping[str, Value] | None = None,
+    buffers: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Fuse the tensors of a group over clients, key by key and chunk by chunk.
 
-    From each upload only the chunk at hand is in memory, so memory does not grow with the number of clients.
+    From each upload only the chunk at hand is in memory, so memory does not grow with the number of clients; rules
+    that need whole tensors of all clients hold one tensor of each.
 
     Args:
         uploads: opened lazily, one per client, in client-id order.
         rule: how to fuse.
         weights: one per client, not negative; equal if left out.
         group: only keys of this group; it is taken off the names.
+        base: name to tensor: the weights that all clients began with, for rules that fuse differences from them.
+        buffers: names of tensors that are no weights, such as running statistics; rules for weights average them.
 
     Returns:
         Name to fused tensor, with the uploads' own dtypes; integers are rounded.
 
     Raises:
-        ModelError: no uploads, weights that cannot be, or uploads whose keys, shapes or dtypes differ.
+        ModelError: no uploads, weights that cannot be, no base where one is needed, or uploads whose keys, shapes or
+            dtypes differ.
     """
     if not uploads:
         raise ModelError("there is nothing to fuse", fix="give at least one upload")
@@ -63,17 +130,49 @@ def fuse_uploads(
             f"{len(shares)} weights for {len(uploads)} uploads: {shares.tolist()}",
             fix="give one weight per upload, none negative, not all zero",
         )
+    if rule.of_differences and base is None:
+        raise ModelError(
+            f"{type(rule).__name__} fuses differences from the weights that all clients began with, and there are none",
+            fix="give these weights as base, or use another rule",
+        )
     shares = shares / shares.sum()
     prefix = f"{group}/" if group else ""
     keys = [key for key in uploads[0] if key.startswith(prefix)]
+    sources = [Upload(upload, stays_open=len(uploads) <= _MOST_OPEN) for upload in uploads]
+    try:
+        return _fuse_keys(sources, keys, prefix, rule, shares, base, buffers)
+    finally:
+        for source in sources:
+            source.close()
+
+
+def _fuse_keys(
+    sources: Sequence[Upload],
+    keys: Sequence[str],
+    prefix: str,
+    rule: Rule,
+    shares: Tensor,
+    base: Mapping[str, Value] | None,
+    buffers: Collection[str],
+) -> dict[str, Tensor]:
     fused: dict[str, Tensor] = {}
     for key in keys:
-        first = _tensor(uploads[0], key)
-        if first is None:
+        looks = sources[0].looks(key)
+        if looks is None:
             continue
-        fused[key.removeprefix(prefix)] = _fuse_key(uploads, key, first, rule, shares)
-    for position, upload in enumerate(uploads):
-        extra = sorted({key for key in upload if key.startswith(prefix)} ^ set(keys))
+        for position, source in enumerate(sources):
+            _check(source.looks(key), f"upload {position}", f'"{key}"', looks)
+        name = key.removeprefix(prefix)
+        is_weight = looks[1].is_floating_point and name not in buffers
+        fitting = rule if is_weight or not (rule.of_differences or rule.of_whole_tensors) else _Mean()
+        start = None
+        if fitting.of_differences and base is not None:
+            value = base.get(name)
+            start = value if isinstance(value, Tensor) else None
+            _check(None if start is None else (tuple(start.shape), looks[1]), "the base", f'"{name}"', looks)
+        fused[name] = _Key(sources, key, name, looks, start).fuse(fitting, shares)
+    for position, source in enumerate(sources):
+        extra = sorted({key for key in source.values if key.startswith(prefix)} ^ set(keys))
         if extra:
             raise ModelError(
                 f'upload {position} and upload 0 do not both hold "{extra[0]}"',
@@ -82,32 +181,82 @@ def fuse_uploads(
     return fused
 
 
-def _fuse_key(uploads: Sequence[Mapping[str, Value]], key: str, first: Tensor, rule: Rule, shares: Tensor) -> Tensor:
-    result = torch.empty_like(first, memory_format=torch.contiguous_format)
-    flat = result.view(-1)
-    step = max(1, _CHUNK_BYTES // (8 * len(uploads)))
-    # An empty tensor has one empty chunk, so that the others are compared with it too.
-    for start in range(0, max(1, flat.numel()), step):
-        rows = [_chunk(upload, key, first, position, start, start + step) for position, upload in enumerate(uploads)]
-        value = rule.fuse(torch.stack(rows), shares)
-        flat[start : start + step] = value if first.is_floating_point() else value.round().to(first.dtype)
-    return result
+Looks = tuple[tuple[int, ...], torch.dtype]
 
 
-def _chunk(upload: Mapping[str, Value], key: str, first: Tensor, position: int, start: int, stop: int) -> Tensor:
-    tensor = _tensor(upload, key)
-    if tensor is None or tensor.shape != first.shape or tensor.dtype != first.dtype:
-        found = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+def _check(found: Looks | None, whose: str, key: str, wanted: Looks) -> None:
+    if found != wanted:
+        shown = "nothing" if found is None else f"{found[0]} {found[1]}"
         raise ModelError(
-            f'upload {position} has {found} as "{key}", upload 0 has {tuple(first.shape)} {first.dtype}',
+            f"{whose} has {shown} as {key}, upload 0 has {wanted[0]} {wanted[1]}",
             fix="fuse uploads of the same architecture",
         )
-    return tensor.reshape(-1)[start:stop].double()
 
 
-def _tensor(upload: Mapping[str, Value], key: str) -> Tensor | None:
-    try:
-        value = upload[key]
-    except KeyError:
-        return None
-    return value if isinstance(value, Tensor) else None
+@dataclass(frozen=True)
+class _Key:
+    """One tensor of all clients."""
+
+    sources: Sequence[Upload]
+    key: str
+    name: str
+    looks: Looks
+    base: Tensor | None
+
+    def fuse(self, rule: Rule, shares: Tensor) -> Tensor:
+        result = torch.empty(self.looks[0], dtype=self.looks[1])
+        flat = result.view(-1)
+        parts = self._sums(rule, shares) if rule.is_weighted_sum else self._stacks(rule, shares)
+        for start, value in parts:
+            target = flat[start : start + len(value)]
+            if self.base is not None:
+                value = value + self._base(start, len(value))
+            target.copy_(value if target.is_floating_point() else value.round())
+        return result
+
+    def _chunks(self, step: int) -> list[tuple[int, int]]:
+        """Start and length of each part."""
+        size = math.prod(self.looks[0])
+        return [(start, min(step, size - start)) for start in range(0, size, step)]
+
+    def _stacks(self, rule: Rule, shares: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """All clients at a time, as many elements as memory allows."""
+        size = max(1, math.prod(self.looks[0]))
+        step = size if rule.of_whole_tensors else max(1, _CHUNK_BYTES // (8 * len(self.sources)))
+        for start, length in self._chunks(step):
+            part = torch.empty(length, dtype=self.looks[1])
+            stack = torch.empty(len(self.sources), length, dtype=torch.float64)
+            for position, source in enumerate(self.sources):
+                stack[position] = self._prepared(rule, position, start, source.read(self.key, start, part).double())
+            yield start, rule.fuse(stack, shares)
+
+    def _sums(self, rule: Rule, shares: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """One client at a time, and several parts at a time where there are files to be read."""
+        size = max(1, math.prod(self.looks[0]))
+        step = size if rule.of_whole_tensors else min(_SUM_ELEMENTS, max(1, _CHUNK_BYTES // 8))
+        memory = threading.local()
+
+        def summed(where: tuple[int, int]) -> tuple[int, Tensor]:
+            start, length = where
+            if not hasattr(memory, "part"):
+                memory.part = torch.empty(min(step, size), dtype=self.looks[1])
+                memory.wide = torch.empty(min(step, size), dtype=torch.float64)
+            part, wide = memory.part[:length], memory.wide[:length]
+            total = torch.zeros(length, dtype=torch.float64)
+            for position, (source, share) in enumerate(zip(self.sources, shares.tolist(), strict=True)):
+                row = source.read(self.key, start, part)
+                total.add_(self._prepared(rule, position, start, wide.copy_(row)), alpha=share)
+            return start, total
+
+        chunks = self._chunks(step)
+        is_worth_it = len(chunks) > 1 and any(source.is_file for source in self.sources)
+        yield from in_order(summed, chunks, num_threads=torch.get_num_threads() if is_worth_it else 1)
+
+    def _prepared(self, rule: Rule, position: int, start: int, values: Tensor) -> Tensor:
+        if self.base is not None:
+            values = values - self._base(start, len(values))
+        return rule.prepare(values, Source(self.name, position, len(self.sources)))
+
+    def _base(self, start: int, length: int) -> Tensor:
+        assert self.base is not None
+        return self.base.reshape(-1)[start : start + length]

@@ -1,0 +1,172 @@
+"""Reading parts of tensors from uploads, in memory or in files."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedfuse.core.errors import PayloadError
+from fedfuse.core.payload import PayloadFile, Value, read_header
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file.
+
+    Args:
+        shape: of the whole tensor.
+        dtype: of its elements.
+        offset: of its first byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+
+class Upload:
+    """One upload whose tensors can be read in parts.
+
+    Files are read by position and never mapped: mapped pages of many files would count into the process's memory.
+
+    Args:
+        values: a payload, a plain mapping, or a payload's file.
+        stays_open: keep the file open until :meth:`close`, which is faster; else it is opened for every part, because
+            a cohort may have more clients than a process may hold open files.
+    """
+
+    def __init__(self, values: Mapping[str, Value], *, stays_open: bool = False) -> None:
+        self.values = values
+        self._places = _places(values) if isinstance(values, PayloadFile) else {}
+        self._descriptor = -1
+        if stays_open and isinstance(values, PayloadFile):
+            self._descriptor = os.open(values.path, os.O_RDONLY)
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @property
+    def is_file(self) -> bool:
+        """Whether reading goes to a file."""
+        return bool(self._places)
+
+    def looks(self, key: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and dtype of a tensor; nothing if there is none of that key.
+
+        Args:
+            key: full key.
+        """
+        place = self._places.get(key)
+        if place is not None:
+            return place.shape, place.dtype
+        value = self.values.get(key)
+        return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+
+    def read(self, key: str, start: int, into: Tensor) -> Tensor:
+        """Some elements of a flattened tensor.
+
+        Args:
+            key: key of a tensor.
+            start: position of the first element.
+            into: as many elements as are wanted, of the tensor's dtype, contiguous; files are read into it.
+
+        Returns:
+            Shape ``(n,)``: ``into``, or a view of what is in memory anyway.
+
+        Raises:
+            PayloadError: the file has become shorter than its header says.
+        """
+        place = self._places.get(key)
+        if place is None:
+            value = self.values[key]
+            assert isinstance(value, Tensor)
+            return value.reshape(-1)[start : start + into.numel()]
+        assert isinstance(self.values, PayloadFile)
+        target: memoryview = into.view(torch.uint8).numpy().data if into.numel() else memoryview(b"")
+        # Several threads may read from one upload.
+        descriptor = self._descriptor if self._descriptor >= 0 else os.open(self.values.path, os.O_RDONLY)
+        try:
+            position = place.offset + start * into.element_size()
+            while target:
+                count = os.preadv(descriptor, [target], position)
+                if count == 0:
+                    raise PayloadError(
+                        f'the file ends in the middle of "{key}"',
+                        where=str(self.values.path),
+                        fix="copy the file again",
+                    )
+                target, position = target[count:], position + count
+        finally:
+            if descriptor != self._descriptor:
+                os.close(descriptor)
+        return into
+
+
+def in_order(function: Callable[[S], T], items: Iterable[S], *, num_threads: int) -> Iterator[T]:
+    """Results of a function in the order of its items, a few of them under way at a time.
+
+    Args:
+        function: called once per item.
+        items: what it is called with.
+        num_threads: how many work at a time; 1 works in the caller's thread. Torch computes on one thread in each.
+
+    Yields:
+        One result per item.
+
+    Example:
+        >>> list(in_order(abs, [-3, 2, -1], num_threads=2))
+        [3, 2, 1]
+    """
+    if num_threads == 1:
+        yield from map(function, items)
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_threads, "fedfuse-fuse", torch.set_num_threads, (1,)) as pool:
+            pending: deque[Future[T]] = deque()
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    finally:
+        # The number that a thread sets is also what later threads of torch begin with.
+        torch.set_num_threads(before)
+
+
+def _places(file: PayloadFile) -> dict[str, Place]:
+    """Tensors of a file that can be read by position; others, such as 8-bit floats, are read whole."""
+    with file.path.open("rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+    return {
+        key: Place(tuple(facts["shape"]), _DTYPES[facts["dtype"]], start + int(facts["data_offsets"][0]))
+        for key, facts in read_header(file.path).items()
+        if key != "__metadata__" and facts.get("dtype") in _DTYPES
+    }
