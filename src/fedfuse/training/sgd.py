@@ -149,7 +149,7 @@ def train(
         weight_decay=settings.weight_decay,
         fused=all(p.is_floating_point() for p in trainable) or None,
     )
-    steps_per_epoch = math.ceil(len(examples) / settings.batch_size)
+    rates = iter(step_rates(settings, len(examples), total))
     curves: dict[str, list[float]] = {"train_loss": []}
     best: tuple[float, dict[str, Tensor]] | None = None
     stale = 0
@@ -157,10 +157,8 @@ def train(
         module.train()
         sum_loss, num_seen = torch.zeros((), device=device), 0
         draw = rng.torch("augment", epoch) if augment != "none" else None
-        for step, index in enumerate(batches(len(examples), settings.batch_size, rng.torch("shuffle", epoch))):
-            if settings.schedule == "cosine":
-                done = (epoch * steps_per_epoch + step) / (total * steps_per_epoch)
-                optimizer.param_groups[0]["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        for index in batches(len(examples), settings.batch_size, rng.torch("shuffle", epoch)):
+            optimizer.param_groups[0]["lr"] = next(rates)
             batch = x[index.to(device)]
             if draw is not None:
                 batch = augment_batch(augment, batch, draw)
@@ -197,6 +195,33 @@ def train(
         module.load_state_dict(best[1])
     module.to(device="cpu")
     return {name: torch.tensor(values) for name, values in curves.items()}
+
+
+def step_rates(settings: LocalSGD, num_examples: int, num_epochs: int) -> list[float]:
+    """The learning rate of every step of a run that is not stopped early.
+
+    Args:
+        settings: how it trains.
+        num_examples: of the client, at least 1.
+        num_epochs: of the run.
+
+    Returns:
+        One rate per step.
+
+    Example:
+        >>> step_rates(LocalSGD(batch_size=2, learning_rate=1.0), 5, 2)
+        [1.0, 1.0, 1.0, 1.0]
+        >>> step_rates(LocalSGD(learning_rate=1.0, schedule="cosine"), 1, 2)
+        [1.0, 0.5]
+    """
+    num_steps = math.ceil(num_examples / settings.batch_size)
+    # As :func:`batches` does: a last batch of one example is joined to the one before.
+    if settings.batch_size > 1 and num_steps > 1 and num_examples % settings.batch_size == 1:
+        num_steps -= 1
+    num_steps *= num_epochs
+    if settings.schedule == "constant":
+        return [settings.learning_rate] * num_steps
+    return [settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / num_steps)) for step in range(num_steps)]
 
 
 def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
