@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         register_runtime,
         register_source,
     )
+    from fedfuse.distilling import distill
     from fedfuse.experiment import Result, compare, run
     from fedfuse.fusing import fuse
     from fedfuse.training.sgd import LocalSGD
@@ -40,6 +41,7 @@ _HOMES = {
         "register_runtime",
         "register_source",
     ),
+    "fedfuse.distilling": ("distill",),
     "fedfuse.experiment": ("Result", "compare", "run"),
     "fedfuse.fusing": ("fuse",),
     "fedfuse.training.sgd": ("LocalSGD",),
@@ -62,6 +64,7 @@ __all__ = [
     "TensorSpec",
     "client_task",
     "compare",
+    "distill",
     "fuse",
     "load",
     "register_method",

@@ -10,7 +10,7 @@ import pytest
 
 from fedfuse.core.client import ClientSide, Reply, Request
 from fedfuse.core.cohort import ClientFacts
-from fedfuse.core.registry import RUNTIMES, register_runtime
+from fedfuse.core.registry import METHODS, RUNTIMES, register_runtime
 from fedfuse.runtimes.local import LocalRuntime
 
 CONFIG: dict[str, Any] = {
@@ -27,10 +27,37 @@ CONFIG: dict[str, Any] = {
     "server": {"threads": 1},
 }
 
+_LITTLE_SYNTHESIS = {
+    "synthesis": {"num_epochs": 2, "num_steps": 2, "batch_size": 16, "width": 8},
+    "distillation": {"batch_size": 16},
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
+    "adi": _LITTLE_SYNTHESIS,
+    "coboosting": _LITTLE_SYNTHESIS,
+    "dafl": _LITTLE_SYNTHESIS,
+    "dense": _LITTLE_SYNTHESIS,
+    "fedcvae": {
+        "autoencoding": {"num_epochs": 2, "width": 4},
+        "classifier": {"num_epochs": 1},
+        "num_draws": 64,
+    },
+    "feddf": {"data": "noise", "num_noise": 64, "num_passes": 2},
+    "fedsd2c": {"images_per_class": 2, "num_crops": 2, "num_steps": 2, "num_passes": 2},
     "fusefl": {"num_blocks": 2},
+    "intactofl": _LITTLE_SYNTHESIS,
+    "afl": {"backbone": {"num_features": 64}},
+    "ccvr": {"head": {"num_draws": 50, "num_epochs": 2}},
+    "fedpft": {"backbone": {"num_features": 64}, "head_training": {"num_epochs": 3}},
+    "lda": {"backbone": {"num_features": 64}},
     "fedavg": {"num_rounds": 2},
     "fedprox": {"num_rounds": 2},
+    "fedadam": {"num_rounds": 2},
+    "feddyn": {"num_rounds": 2},
+    "fednova": {"num_rounds": 2},
+    "scaffold": {"num_rounds": 2},
+    "fens": {"num_rounds": 4},
+    "linear_weights": {"num_rounds": 4},
 }
 """Settings that a method needs to be run on so little; a new method usually needs none."""
 
@@ -39,7 +66,9 @@ TRAINS = {"local": {"num_epochs": 2, "batch_size": 32}}
 
 def section(name: str) -> dict[str, Any]:
     """The configuration's section of one method."""
-    return {"name": name, **TRAINS, **SETTINGS.get(name, {})}
+    fields = METHODS.get(name).__dataclass_fields__
+    trains = {key: value for key, value in TRAINS.items() if key in fields}
+    return {"name": name, **trains, **SETTINGS.get(name, {})}
 
 
 @register_runtime("faulty")

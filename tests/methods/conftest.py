@@ -129,7 +129,8 @@ class Federation:
 
     def kept(self, client_id: str) -> list[Payload]:
         """What a client kept after each exchange that it answered, in order."""
-        return [Payload.decode(data) for (c, _), data in self.states._memory.items() if c == client_id]
+        names = [name for c, name in self.states._memory if c == client_id and name.endswith(".state")]
+        return [self.states.load(client_id, name.removesuffix(".state")) for name in names]
 
     def composed(self, method: FuseFL, inputs: Tensor) -> Tensor:
         """The fused features of FuseFL, put together by hand from the uploads in the journal."""

@@ -1,9 +1,36 @@
 """Methods: one file, one paper."""
 
+from fedfuse.methods import adi as adi
+from fedfuse.methods import afl as afl
+from fedfuse.methods import ccvr as ccvr
 from fedfuse.methods import centralized as centralized
+from fedfuse.methods import coboosting as coboosting
+from fedfuse.methods import dafl as dafl
+from fedfuse.methods import dense as dense
 from fedfuse.methods import ensemble as ensemble
+from fedfuse.methods import fafi as fafi
 from fedfuse.methods import feature_ensemble as feature_ensemble
+from fedfuse.methods import fedadam as fedadam
 from fedfuse.methods import fedavg as fedavg
+from fedfuse.methods import fedcvae as fedcvae
+from fedfuse.methods import feddf as feddf
+from fedfuse.methods import feddyn as feddyn
+from fedfuse.methods import fedfisher as fedfisher
+from fedfuse.methods import fedma as fedma
+from fedfuse.methods import fednova as fednova
+from fedfuse.methods import fedpft as fedpft
 from fedfuse.methods import fedprox as fedprox
+from fedfuse.methods import fedsd2c as fedsd2c
+from fedfuse.methods import fens as fens
 from fedfuse.methods import fusefl as fusefl
+from fedfuse.methods import greedy_soup as greedy_soup
+from fedfuse.methods import intactofl as intactofl
+from fedfuse.methods import lda as lda
+from fedfuse.methods import linear_weights as linear_weights
 from fedfuse.methods import local as local
+from fedfuse.methods import merge as merge
+from fedfuse.methods import otfusion as otfusion
+from fedfuse.methods import prototypes as prototypes
+from fedfuse.methods import regmean as regmean
+from fedfuse.methods import scaffold as scaffold
+from fedfuse.methods import voting as voting

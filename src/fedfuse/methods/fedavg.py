@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedfuse.core.artifact import Artifact
 from fedfuse.core.cohort import Cohort, Replies
@@ -31,6 +32,8 @@ class FedAvg(LocalTraining):
         local: how clients train.
         num_rounds: rounds of averaging, at least 1.
     """
+
+    takes_heterogeneous: ClassVar[bool] = False
 
     num_rounds: int = 1
 
