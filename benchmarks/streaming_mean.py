@@ -116,9 +116,8 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for what in WORK:
                 runs[what].append(measured(what, folder, arguments.threads))
-    print(
-        f"{arguments.uploads} uploads of {arguments.megabytes} MB, {arguments.threads} threads, {arguments.repeats} runs, median (min to max)"
-    )
+    print(f"{arguments.uploads} uploads of {arguments.megabytes} MB, {arguments.threads} threads")
+    print(f"{arguments.repeats} runs, median (min to max)")
     speeds = {}
     for what, found in runs.items():
         rates = [total / run["seconds"] / 1e9 for run in found]

@@ -12,8 +12,8 @@ from torch import Tensor
 from fedfuse.core.errors import ModelError, PayloadError
 from fedfuse.core.payload import Payload, PayloadFile
 from fedfuse.core.registry import RULES
-from fedfuse.rules import fuse_uploads
-from fedfuse.rules.reading import Upload
+from fedfuse.rules import fuse_uploads, rule
+from fedfuse.rules.reading import Upload, in_threads
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -80,9 +80,9 @@ class TestEveryRule:
     def test_files_give_the_same_as_memory_and_shapes_and_dtypes_stay(self, name: str, tmp_path: Path) -> None:
         base, *clients = (Payload(state) for state in states(4))
         files = [filed(client, tmp_path / str(position)) for position, client in enumerate(clients)]
-        rule = RULES.get(name)()
-        inner = fuse_uploads(clients, rule, group="", base=base)
-        outer = fuse_uploads(files, rule, group="", base=filed(base, tmp_path / "base"))
+        which = RULES.get(name)()
+        inner = fuse_uploads(clients, which, group="", base=base)
+        outer = fuse_uploads(files, which, group="", base=filed(base, tmp_path / "base"))
         assert same(outer, inner)
         assert {k: (v.shape, v.dtype) for k, v in inner.items()} == {
             k: (base.tensor(k).shape, base.tensor(k).dtype) for k in base
@@ -110,3 +110,31 @@ def test_a_difference_of_shape_is_told_before_anything_is_read(tmp_path: Path) -
     files = [filed(Payload({"x": torch.zeros(n)}), tmp_path / str(n)) for n in (2, 3)]
     with pytest.raises(ModelError, match=r'upload 1 has \(3,\) torch.float32 as "x", upload 0 has \(2,\)'):
         fuse_uploads(files, RULES.get("mean")(), group="")
+
+
+@pytest.mark.parametrize("name", ["mean", "task_arithmetic"])
+def test_threads_change_no_bit_and_leave_torch_s_number_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *clients = (Payload(state) for state in states(4))
+    files = [filed(client, tmp_path / str(position)) for position, client in enumerate(clients)]
+    wanted = fuse_uploads(clients, RULES.get(name)(), [1, 2, 3], group="", base=base)
+    monkeypatch.setattr(rule, "_SUM_ELEMENTS", 3)
+    monkeypatch.setattr(rule, "_MOST_OPEN", 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = fuse_uploads(files, RULES.get(name)(), [1, 2, 3], group="", base=base)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert same(found, wanted)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_an_error_in_a_thread_is_raised(num_threads: int) -> None:
+    def fail(item: int) -> None:
+        raise PayloadError(f"item {item}")
+
+    with pytest.raises(PayloadError, match="item 0"):
+        in_threads(fail, [0, 1, 2], num_threads)

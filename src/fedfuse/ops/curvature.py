@@ -33,7 +33,7 @@ def logit_gradients(logits: Tensor, targets: Tensor, labels: Labels, generator: 
 
     Example:
         >>> v = logit_gradients(torch.zeros(1, 2), torch.tensor([0]), "all", torch.Generator())
-        >>> torch.einsum("cni,cnj->nij", v, v)[0].tolist()
+        >>> torch.einsum("cni,cnj->nij", v, v)[0].round(decimals=4).tolist()
         [[0.25, -0.25], [-0.25, 0.25]]
     """
     probabilities = logits.softmax(1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +15,6 @@ from fedfuse.core.errors import PayloadError
 from fedfuse.core.payload import PayloadFile, Value, read_header
 
 S = TypeVar("S")
-T = TypeVar("T")
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -128,34 +126,23 @@ class Upload:
         return into
 
 
-def in_order(function: Callable[[S], T], items: Iterable[S], *, num_threads: int) -> Iterator[T]:
-    """Results of a function in the order of its items, a few of them under way at a time.
+def in_threads(function: Callable[[S], None], items: Sequence[S], num_threads: int) -> None:
+    """Call a function once per item, several at a time; torch computes on one thread in each.
 
     Args:
-        function: called once per item.
+        function: called once per item, in no order.
         items: what it is called with.
-        num_threads: how many work at a time; 1 works in the caller's thread. Torch computes on one thread in each.
-
-    Yields:
-        One result per item.
-
-    Example:
-        >>> list(in_order(abs, [-3, 2, -1], num_threads=2))
-        [3, 2, 1]
+        num_threads: how many work at a time; 1 works in the caller's thread, in the order of the items.
     """
     if num_threads == 1:
-        yield from map(function, items)
+        for item in items:
+            function(item)
         return
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(num_threads, "fedfuse-fuse", torch.set_num_threads, (1,)) as pool:
-            pending: deque[Future[T]] = deque()
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * num_threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            # Looked at, so that an error is raised here.
+            list(pool.map(function, items))
     finally:
         # The number that a thread sets is also what later threads of torch begin with.
         torch.set_num_threads(before)

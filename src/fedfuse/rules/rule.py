@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fedfuse.core.errors import ModelError
 from fedfuse.core.payload import Value
-from fedfuse.rules.reading import Upload, in_order
+from fedfuse.rules.reading import Upload, in_threads
 
 _CHUNK_BYTES = 64 << 20
 # Of sums: what is read and the running total together stay within a core's cache.
-_SUM_ELEMENTS = 1 << 17
+_SUM_ELEMENTS = 1 << 18
 _MOST_OPEN = 200
 
 
@@ -205,52 +205,48 @@ class _Key:
 
     def fuse(self, rule: Rule, shares: Tensor) -> Tensor:
         result = torch.empty(self.looks[0], dtype=self.looks[1])
-        flat = result.view(-1)
-        parts = self._sums(rule, shares) if rule.is_weighted_sum else self._stacks(rule, shares)
-        for start, value in parts:
-            target = flat[start : start + len(value)]
-            if self.base is not None:
-                value = value + self._base(start, len(value))
-            target.copy_(value if target.is_floating_point() else value.round())
+        if rule.is_weighted_sum:
+            self._sum(rule, shares, result.view(-1))
+        else:
+            self._stack(rule, shares, result.view(-1))
         return result
 
-    def _chunks(self, step: int) -> list[tuple[int, int]]:
-        """Start and length of each part."""
-        size = math.prod(self.looks[0])
-        return [(start, min(step, size - start)) for start in range(0, size, step)]
-
-    def _stacks(self, rule: Rule, shares: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _stack(self, rule: Rule, shares: Tensor, result: Tensor) -> None:
         """All clients at a time, as many elements as memory allows."""
-        size = max(1, math.prod(self.looks[0]))
-        step = size if rule.of_whole_tensors else max(1, _CHUNK_BYTES // (8 * len(self.sources)))
-        for start, length in self._chunks(step):
-            part = torch.empty(length, dtype=self.looks[1])
-            stack = torch.empty(len(self.sources), length, dtype=torch.float64)
+        step = len(result) if rule.of_whole_tensors else max(1, _CHUNK_BYTES // (8 * len(self.sources)))
+        for target, start in _parts(result, step):
+            part = torch.empty_like(target)
+            stack = torch.empty(len(self.sources), len(target), dtype=torch.float64)
             for position, source in enumerate(self.sources):
                 stack[position] = self._prepared(rule, position, start, source.read(self.key, start, part).double())
-            yield start, rule.fuse(stack, shares)
+            self._put(target, start, rule.fuse(stack, shares))
 
-    def _sums(self, rule: Rule, shares: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _sum(self, rule: Rule, shares: Tensor, result: Tensor) -> None:
         """One client at a time, and several parts at a time where there are files to be read."""
-        size = max(1, math.prod(self.looks[0]))
-        step = size if rule.of_whole_tensors else min(_SUM_ELEMENTS, max(1, _CHUNK_BYTES // 8))
+        step = len(result) if rule.of_whole_tensors else min(_SUM_ELEMENTS, max(1, _CHUNK_BYTES // 8))
         memory = threading.local()
 
-        def summed(where: tuple[int, int]) -> tuple[int, Tensor]:
-            start, length = where
+        def put_sum(where: tuple[Tensor, int]) -> None:
+            target, start = where
             if not hasattr(memory, "part"):
-                memory.part = torch.empty(min(step, size), dtype=self.looks[1])
-                memory.wide = torch.empty(min(step, size), dtype=torch.float64)
-            part, wide = memory.part[:length], memory.wide[:length]
-            total = torch.zeros(length, dtype=torch.float64)
+                memory.part = torch.empty(min(step, len(result)), dtype=result.dtype)
+                memory.wide = torch.empty(min(step, len(result)), dtype=torch.float64)
+                memory.total = torch.empty_like(memory.wide)
+            part, wide, total = (m[: len(target)] for m in (memory.part, memory.wide, memory.total))
+            total.zero_()
             for position, (source, share) in enumerate(zip(self.sources, shares.tolist(), strict=True)):
                 row = source.read(self.key, start, part)
                 total.add_(self._prepared(rule, position, start, wide.copy_(row)), alpha=share)
-            return start, total
+            self._put(target, start, total)
 
-        chunks = self._chunks(step)
-        is_worth_it = len(chunks) > 1 and any(source.is_file for source in self.sources)
-        yield from in_order(summed, chunks, num_threads=torch.get_num_threads() if is_worth_it else 1)
+        parts = _parts(result, step)
+        is_worth_it = len(parts) > 1 and any(source.is_file for source in self.sources)
+        in_threads(put_sum, parts, torch.get_num_threads() if is_worth_it else 1)
+
+    def _put(self, target: Tensor, start: int, value: Tensor) -> None:
+        if self.base is not None:
+            value = value + self._base(start, len(value))
+        target.copy_(value if target.is_floating_point() else value.round())
 
     def _prepared(self, rule: Rule, position: int, start: int, values: Tensor) -> Tensor:
         if self.base is not None:
@@ -260,3 +256,8 @@ class _Key:
     def _base(self, start: int, length: int) -> Tensor:
         assert self.base is not None
         return self.base.reshape(-1)[start : start + length]
+
+
+def _parts(result: Tensor, step: int) -> list[tuple[Tensor, int]]:
+    """Views of a flat tensor, and where they start."""
+    return [(result[start : start + step], start) for start in range(0, len(result), max(1, step))]
