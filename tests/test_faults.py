@@ -288,7 +288,8 @@ def test_a_client_whose_state_is_lost_says_so(whole: Path, tmp_path: Path, damag
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     facts = {path: json.loads(path.read_text()) for path in sorted((tmp_path / "journal").glob("*.json"))}
     keys = {(f["exchange"], f["client"]): path.stem for path, f in facts.items()}
-    state = tmp_path / "clients" / "client_1" / f"{keys['block_0', 'client_1']}.safetensors"
+    home = tmp_path / "clients" / "client_1"
+    state = home / f"{(home / (keys['block_0', 'client_1'] + '.state')).read_text()}.safetensors"
     if damage == "gone":
         state.unlink()
     else:
