@@ -30,7 +30,9 @@ def measure(num_epochs: int, mnist: str) -> tuple[float, float, float, list[tupl
     Returns:
         Seconds in all, of local training, of the methods' own server work, and the latter by method.
     """
-    data: dict[str, Any] = {"source": "parquet", "path": mnist, "limit": 5000, "test_limit": 2000} if mnist else {"source": "digits"}
+    data: dict[str, Any] = (
+        {"source": "parquet", "path": mnist, "limit": 5000, "test_limit": 2000} if mnist else {"source": "digits"}
+    )
     config = {
         "data": {**data, "partition": {"scheme": "dirichlet", "num_clients": 5, "dirichlet_alpha": 0.5}},
         "model": {"family": "cnn", "width": 16},

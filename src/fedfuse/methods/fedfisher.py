@@ -16,11 +16,9 @@ from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.fedavg import check_homogeneous
 from fedfuse.methods.regmean import check_num_samples, layer_key, sample, stacked
-from fedfuse.methods.tasks import LocalTraining, example_weights
+from fedfuse.methods.tasks import LocalTraining, mean_of_those, own_models
 from fedfuse.ops.curvature import Labels, diagonal_merge, kronecker_merge, logit_gradients
 from fedfuse.ops.moments import pack_symmetric, unpack_symmetric
-from fedfuse.rules import fuse_uploads
-from fedfuse.rules.mean import Mean
 from fedfuse.training.capturing import curvature, dense_layers, matrix_of, put_matrix
 
 
@@ -110,14 +108,10 @@ class FedFisher(LocalTraining):
         first = job.model.build()
         layers = list(dense_layers(first, job.model.example_input())) if self.fisher == "kfac" else []
         names = [name for name, _ in first.named_parameters() if _layer_of(name) not in layers]
-        own = {c: Payload().put_group("model", replies[c].group("model")) for c in replies}
+        own = own_models(replies)
         expect = _expectation(first, layers, names)
         answers = cohort.ask(self.fisher_information, own, key="fisher", expect=expect)
-        weights = dict(zip(replies, example_weights(replies), strict=True))
-        shares = torch.tensor([weights[c] for c in answers], dtype=torch.float64)
-        shares = shares / shares.sum()
-        uploads = dict(zip(replies, replies.uploads(), strict=True))
-        state = fuse_uploads([uploads[c] for c in answers], Mean(), shares.tolist())
+        shares, state = mean_of_those(replies, answers)
         opened = answers.uploads()
         for name in names:
             values = torch.stack([own[c].tensor(f"model/{name}").double() for c in answers])

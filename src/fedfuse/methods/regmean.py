@@ -15,11 +15,9 @@ from fedfuse.core.errors import ConfigError
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload, Value
 from fedfuse.methods.fedavg import check_homogeneous
-from fedfuse.methods.tasks import LocalTraining, example_weights
+from fedfuse.methods.tasks import LocalTraining, mean_of_those, own_models
 from fedfuse.ops.curvature import gram_merge, scale_off_diagonal
 from fedfuse.ops.moments import pack_symmetric, unpack_symmetric
-from fedfuse.rules import fuse_uploads
-from fedfuse.rules.mean import Mean
 from fedfuse.training.capturing import dense_layers, input_moments, matrix_of, put_matrix
 
 
@@ -90,13 +88,9 @@ class RegMean(LocalTraining):
             for name in dense_layers(first, job.model.example_input())
         }
         expect = {f"grams/{layer_key(name)}": TensorSpec((d * (d + 1) // 2,)) for name, d in widths.items()}
-        own = {c: Payload().put_group("model", replies[c].group("model")) for c in replies}
+        own = own_models(replies)
         answers = cohort.ask(self.gram_matrices, own, key="grams", expect=expect)
-        weights = dict(zip(replies, example_weights(replies), strict=True))
-        shares = torch.tensor([weights[c] for c in answers], dtype=torch.float64)
-        shares = shares / shares.sum()
-        uploads = dict(zip(replies, replies.uploads(), strict=True))
-        state = fuse_uploads([uploads[c] for c in answers], Mean(), shares.tolist())
+        shares, state = mean_of_those(replies, answers)
         opened = answers.uploads()
         for done, (name, width) in enumerate(widths.items()):
             grams = unpack_symmetric(stacked(opened, f"grams/{layer_key(name)}"), width)

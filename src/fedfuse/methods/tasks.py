@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,8 @@ from fedfuse.core.errors import DataError
 from fedfuse.core.method import Job, Method, client_task
 from fedfuse.core.payload import Payload
 from fedfuse.ops.moments import Moments, class_moments, pack_symmetric, unpack_symmetric
+from fedfuse.rules import fuse_uploads
+from fedfuse.rules.mean import Mean
 from fedfuse.training import LocalSGD, predict, train
 
 MODEL_UPLOADS = {
@@ -131,6 +133,36 @@ def example_weights(replies: Replies) -> list[float]:
                 f"it claims {count:g} training examples", where=f"client {client_id}", fix="leave this client out"
             )
     return list(counts.values())
+
+
+def own_models(replies: Replies) -> dict[str, Payload]:
+    """Each client's own model, to send back to it with a second question: clients keep nothing of the first.
+
+    Args:
+        replies: uploads with ``model/*``.
+
+    Returns:
+        Client id to message, in client-id order.
+    """
+    return {client_id: Payload().put_group("model", replies[client_id].group("model")) for client_id in replies}
+
+
+def mean_of_those(replies: Replies, answered: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean model of those clients that answered a second question too.
+
+    Args:
+        replies: uploads with ``model/*`` and ``num_examples``.
+        answered: ids of these clients.
+
+    Returns:
+        Their shares of the examples, float64, summing to 1, and the mean of their models, weighted by them.
+    """
+    weights = dict(zip(replies, example_weights(replies), strict=True))
+    uploads = dict(zip(replies, replies.uploads(), strict=True))
+    chosen = list(answered)
+    shares = torch.tensor([weights[client_id] for client_id in chosen], dtype=torch.float64)
+    shares = shares / shares.sum()
+    return shares, fuse_uploads([uploads[client_id] for client_id in chosen], Mean(), shares.tolist())
 
 
 def client_artifact(job: Job, client_id: str, upload: Payload) -> Artifact:
