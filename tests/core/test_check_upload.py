@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfuse.core.cohort import TensorSpec, check_upload
 from fedfuse.core.errors import UploadRefused
+from fedfuse.core.expecting import TensorSpec, check_upload
 from fedfuse.core.payload import Payload
 
 DECLARED = {"w/*": "weights", "n": "how many", "curve/*": "curves"}
@@ -128,14 +128,41 @@ def test_more_than_twice_what_is_expected_is_refused_before_it_is_read() -> None
     )
 
 
+def test_sizes_without_an_element_may_not_be_beyond_the_limit() -> None:
+    # Eighty bytes of header; a mean over the first dimension would take four tebibytes.
+    for shape, dtype in (((0, 1 << 40), torch.float32), ((1 << 18, 0, 1 << 10), torch.uint8)):
+        assert refusal({"w/x": torch.zeros(shape, dtype=dtype)}, None, 1 << 20) == (
+            f"its shape {shape} has no element and sizes beyond the limit of 1,048,576 bytes\n"
+            "  where: client c, key 'w/x'"
+        )
+    check({"w/x": torch.zeros(0, 1 << 18)}, None, 1 << 20)
+
+
+def test_a_curve_is_no_place_for_bulk() -> None:
+    # Curves are written into metrics.jsonl as numbers.
+    data = Payload({"curve/loss": torch.zeros((1 << 16) + 1)}).encode()
+    with pytest.raises(UploadRefused) as caught:
+        check_upload("c", data, {"curve/*": "x"}, None, 1 << 30)
+    assert caught.value.what == "the upload was refused: a curve of 65,537 points is longer than 65,536"
+    check_upload("c", Payload({"curve/loss": torch.zeros(1 << 16)}).encode(), {"curve/*": "x"}, None, 1 << 30)
+
+
+def test_holes_are_found_in_every_part_of_a_long_tensor() -> None:
+    for position in (0, (1 << 22) - 1, 1 << 22, (1 << 22) + 6):
+        values = torch.zeros((1 << 22) + 7)
+        values[position] = math.nan
+        assert refusal({"w/x": values}, None, 1 << 30).startswith("it holds NaN or infinite values\n")
+
+
 # --- bytes
 
 
 def test_bytes_that_are_no_payload() -> None:
     data = Payload(GOOD).encode()
     assert refusal(b"x") == "the bytes are not a payload: 1 bytes with a header of 120\n  where: client c"
-    assert refusal(data[:-1]).startswith("the bytes are not a payload: Error while deserializing")
-    assert refusal(data[:-1]).endswith("\n  where: client c")
+    assert refusal(data[:-1]) == (
+        "the bytes are not a payload: its tensors take 24 bytes, 23 are there\n  where: client c"
+    )
 
 
 def test_an_undeclared_tensor_is_found_in_the_header_already() -> None:

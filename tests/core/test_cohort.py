@@ -14,9 +14,10 @@ import torch
 
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import ClientSide, Reply, Request, StateStore, perform
-from fedfuse.core.cohort import ClientFacts, Cohort, TensorSpec, Terms, check_client_id
+from fedfuse.core.cohort import ClientFacts, Cohort, Terms, check_client_id
 from fedfuse.core.errors import ConfigError, JournalError, QuorumError, TaskError
 from fedfuse.core.examples import ClientData, Examples
+from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.journal import Journal
 from fedfuse.core.method import Method, client_task, register_method
 from fedfuse.core.payload import Payload, PayloadFile

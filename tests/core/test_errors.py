@@ -43,6 +43,7 @@ def test_all_errors_are_of_one_family() -> None:
         "RegistryError",
         "PayloadError",
         "UploadRefused",
+        "SealError",
         "TaskError",
         "QuorumError",
         "JournalError",

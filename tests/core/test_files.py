@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedfuse.core.errors import JournalError
-from fedfuse.core.files import write_atomically
+from fedfuse.core.files import remove_unfinished, write_atomically
 
 FIX = "\n  fix:   free disk space or name another folder, then run the same command again"
 
@@ -71,3 +71,14 @@ def test_what_is_written_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> N
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a" / "whole.safetensors", b"whole")
+    write_atomically(tmp_path / "b.part", b"named so by somebody")
+    left = [tmp_path / ".x.json.k2.part", tmp_path / "a" / ".whole.safetensors.q8.part"]
+    for path in left:
+        path.write_bytes(b"half")
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["b.part", "whole.safetensors"]
+    remove_unfinished(tmp_path / "not there")

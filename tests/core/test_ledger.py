@@ -18,6 +18,8 @@ def test_totals() -> None:
         "upload_bytes": 30.0,
         "download_bytes": 3.0,
         "upload_bytes_total": 60,
+        "upload_wire_bytes_total": 0,
+        "download_wire_bytes_total": 0,
         "download_bytes_total": 6,
         "exchanges": 2,
         "storage_bytes": 160,
@@ -49,5 +51,7 @@ def test_exchanges_stand_in_the_order_of_asking_and_clients_in_the_order_of_thei
         "download_bytes": 1,
         "seconds": 0.5,
         "from_journal": False,
+        "upload_wire_bytes": 0,
+        "download_wire_bytes": 0,
     }
     assert found["totals"] == ledger.totals()

@@ -322,7 +322,8 @@ def test_a_broken_header_says_so(data: bytes, what: str, tmp_path: Path) -> None
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(PayloadError) as caught:
         PayloadFile(tmp_path / "x")
-    assert str(caught.value) == f"the bytes are not a payload: {what}" + WHOLE
+    where = f"\n  where: {tmp_path / 'x'}"
+    assert str(caught.value) == f"the bytes are not a payload: {what}" + where + WHOLE
 
 
 @pytest.mark.parametrize(
@@ -382,6 +383,75 @@ def test_a_bad_key_in_the_bytes_is_refused() -> None:
 def test_tensors_that_do_not_fit_the_bytes_are_refused(entry: object) -> None:
     with pytest.raises(PayloadError):
         Payload.decode(with_header({"w": entry}, b"\0" * 4 if "C64" not in str(entry) else b"\0" * 8))
+
+
+W = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{}}', "a name stands twice in the header"),
+        (b'{"w":{"dtype":"F32","dtype":"I32"}}', "a name stands twice in the header"),
+        (b"\xef\xbb\xbf{}", "the header is not JSON"),
+        ("{}".encode("utf-16"), "the header is not JSON"),
+        ({"w": {**W, "more": 1}}, "'w' is described in another way than a tensor is"),
+        ({"w": [1]}, "'w' is described in another way than a tensor is"),
+        ({"w": {**W, "dtype": "F4"}}, "'w' has the dtype 'F4'"),
+        ({"w": {**W, "dtype": ["F32"]}}, "'w' has the dtype ['F32']"),
+        ({"w": {**W, "shape": [1.0]}}, "'w' has the shape [1.0]"),
+        ({"w": {**W, "shape": [True]}}, "'w' has the shape [True]"),
+        ({"w": {**W, "shape": [1] * 65}}, f"'w' has the shape {[1] * 65!r:.80}"),
+        ({"w": {**W, "shape": [1 << 63, 0]}}, "'w' has the shape [9223372036854775808, 0]"),
+        ({"w": {**W, "shape": [0, 1 << 61]}}, "'w' has the shape [0, 2305843009213693952]"),
+        ({"w": {**W, "data_offsets": [0, 4, 4]}}, "'w' has the place [0, 4, 4]"),
+        ({"w": {**W, "data_offsets": [4, 0]}}, "'w' of F32 [1] is not -4 bytes"),
+        ({"w": {**W, "shape": [2]}}, "'w' of F32 [2] is not 4 bytes"),
+        ({"w": W, "v": W}, "its tensors overlap or leave a hole"),
+        ({"w": {**W, "data_offsets": [1, 5]}}, "its tensors overlap or leave a hole"),
+        ({}, "its tensors take 0 bytes, 4 are there"),
+    ],
+)
+def test_what_a_header_claims_is_compared_with_the_bytes(header: object, what: str, tmp_path: Path) -> None:
+    data = with_header(header, b"\0" * 4)
+    with pytest.raises(PayloadError) as caught:
+        Payload.decode(data)
+    assert str(caught.value) == f"the bytes are not a payload: {what}" + WHOLE
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(PayloadError) as caught:
+        PayloadFile(tmp_path / "x")
+    assert caught.value.what == f"the bytes are not a payload: {what}"
+
+
+def test_as_many_dimensions_as_torch_computes_with() -> None:
+    data = with_header({"w": {**W, "shape": [1] * 64}}, b"\0" * 4)
+    assert torch.isfinite(Payload.decode(data).tensor("w")).all()
+
+
+def test_bytes_that_are_no_bool_are_refused() -> None:
+    # Torch would count such a value twice.
+    with pytest.raises(PayloadError) as caught:
+        Payload.decode(with_header({"on": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]}}, b"\1\2"))
+    assert str(caught.value) == '"on" holds bytes that are no bool\n  fix:   send what Payload.encode() gives'
+
+
+def test_a_text_without_utf8_is_refused() -> None:
+    message = '"a" is a text that has no UTF-8\n  fix:   leave out lone surrogates'
+    with pytest.raises(PayloadError) as caught:
+        Payload({"a": "\ud800"})
+    assert str(caught.value) == message
+    with pytest.raises(PayloadError) as caught:
+        Payload.decode(with_scalars('{"a":"\\ud800"}'))
+    assert str(caught.value) == message
+
+
+def test_a_header_that_could_not_be_read_again_is_not_written() -> None:
+    with pytest.raises(PayloadError) as caught:
+        Payload({"a": "x" * (16 << 20)}).encode()
+    assert str(caught.value) == (
+        "names and scalars take 16,777,272 bytes, more than 16,777,216\n"
+        "  fix:   send long texts and many numbers as tensors"
+    )
 
 
 def outcome(data: bytes) -> None:
@@ -458,12 +528,34 @@ def test_a_file_read_lazily_holds_the_same(tmp_path: Path) -> None:
 
 def test_opening_a_file_does_not_read_its_tensors(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
-    path.write_bytes(EXAMPLE.encode()[:-4])
+    path.write_bytes(EXAMPLE.encode())
     opened = PayloadFile(path)
+    path.write_bytes(EXAMPLE.encode()[:-4])
     assert opened["n"] == 3
     with pytest.raises(PayloadError, match=r"^the file is not a payload: ") as caught:
         opened["model/w"]
     assert caught.value.where == str(path)
+
+
+def test_a_file_that_was_cut_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(EXAMPLE.encode()[:-4])
+    with pytest.raises(PayloadError) as caught:
+        PayloadFile(path)
+    assert caught.value.what == "the bytes are not a payload: its tensors take 32 bytes, 28 are there"
+    assert caught.value.where == str(path)
+
+
+def test_ten_gigabytes_of_header_are_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    with path.open("wb") as file:
+        file.write((10_000_000_000).to_bytes(8, "little"))
+        file.truncate(10_000_000_008)
+    with pytest.raises(PayloadError) as caught:
+        PayloadFile(path)
+    assert caught.value.what == (
+        "the bytes are not a payload: its header of 10,000,000,000 bytes is longer than 16,777,216"
+    )
 
 
 def test_a_file_with_a_bad_key_is_refused(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from fedfuse.core.artifact import ModelSpec
-from fedfuse.core.errors import FedfuseError, JournalError, PayloadError, TaskError
+from fedfuse.core.errors import FedfuseError, JournalError, PayloadError, TaskError, UploadRefused
 from fedfuse.core.examples import ClientData
 from fedfuse.core.files import write_atomically
 from fedfuse.core.payload import Payload, matches
 from fedfuse.core.registry import METHODS
+from fedfuse.core.release import release
 from fedfuse.core.seeding import Rng
 from fedfuse.core.settings import from_json
 
@@ -66,6 +67,7 @@ class Request:
         lineage: names the client's state that the task must find; empty for a fresh client.
         answer_key: content key of the answer; names the state that the task leaves behind.
         payload: the encoded message.
+        release: what is done to the upload before it leaves, for differential privacy; empty is nothing.
     """
 
     method: str
@@ -77,6 +79,7 @@ class Request:
     lineage: str
     answer_key: str
     payload: bytes
+    release: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class Reply:
         breaks_contract: the method itself is wrong, not the client: the run must stop.
         seconds: time that the task took.
         peak_rss_bytes: most memory that its process held during the task.
+        answer_key: the question that the upload answers.
+        upload_wire_bytes: bytes that crossed to bring the upload; 0 where nobody measured them.
+        download_wire_bytes: bytes that crossed to bring the request; 0 where nobody measured them.
     """
 
     client_id: str
@@ -98,6 +104,9 @@ class Reply:
     breaks_contract: bool = False
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    answer_key: str = ""
+    upload_wire_bytes: int = 0
+    download_wire_bytes: int = 0
 
 
 class StateStore:
@@ -179,6 +188,9 @@ class ClientSide:
         device: where it computes.
         num_threads: torch threads; fixed, because their number changes bits.
         states: where its state is kept.
+        secret: makes the noise of private uploads, so that nobody else can take it away; empty in a simulation, where
+            the noise comes from the run's seed.
+        release: what its owner agreed shall be done to uploads before they leave; ``None`` does what is asked.
     """
 
     id: str
@@ -187,6 +199,8 @@ class ClientSide:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     num_threads: int = 1
     states: StateStore = field(default_factory=StateStore)
+    secret: bytes = field(default=b"", repr=False)
+    release: Mapping[str, Any] | None = None
 
 
 def perform(request: Request, side: ClientSide, progress: Callable[[int, int], None] = _silent) -> Reply:
@@ -211,7 +225,13 @@ def perform(request: Request, side: ClientSide, progress: Callable[[int, int], N
         method = from_json(METHODS.get(request.method), request.settings, where="method")
         spec = method.tasks()[request.task]
         state = side.states.load(side.id, request.lineage) if spec.keeps_state else Payload()
-        rng = Rng(request.seed)
+        rng = Rng(request.seed, side.secret)
+        if side.release is not None and dict(side.release) != dict(request.release):
+            raise UploadRefused(
+                "the server asks for an upload under other terms of privacy than were agreed on",
+                where=f"client {side.id}",
+                fix="ask the server's operator which section privacy holds",
+            )
         client = Client(side.id, side.data, side.model, state, rng, side.device, progress)
         task = getattr(TaskView(method, spec), request.task)
         with fixed_threads(side.num_threads), rng.ambient("task"):
@@ -237,15 +257,27 @@ def perform(request: Request, side: ClientSide, progress: Callable[[int, int], N
                 where=request.method,
                 fix="use @client_task(..., state=True)",
             )
+        if request.release:
+            upload = release(upload, request.release, request.payload, side.model, rng)
         data = upload.encode()
     except (Exception, SystemExit) as error:  # whatever a task of anybody's does, it costs only this client
         reason = (
             str(error) if isinstance(error, FedfuseError) else f"{type(error).__name__}: {error} ({_last_place(error)})"
         )
         return Reply(
-            side.id, error=reason, breaks_contract=isinstance(error, TaskError), seconds=time.perf_counter() - start
+            side.id,
+            error=reason,
+            breaks_contract=isinstance(error, TaskError),
+            seconds=time.perf_counter() - start,
+            answer_key=request.answer_key,
         )
-    return Reply(side.id, upload=data, seconds=time.perf_counter() - start, peak_rss_bytes=peak_rss_bytes())
+    return Reply(
+        side.id,
+        upload=data,
+        seconds=time.perf_counter() - start,
+        peak_rss_bytes=peak_rss_bytes(),
+        answer_key=request.answer_key,
+    )
 
 
 def _last_place(error: BaseException) -> str:

@@ -13,37 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from fedfuse.core import VERSION
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import Reply, Request
-from fedfuse.core.errors import ConfigError, PayloadError, QuorumError, TaskError, UploadRefused
+from fedfuse.core.errors import ConfigError, QuorumError, TaskError, UploadRefused
+from fedfuse.core.expecting import Expectation, check_upload
+from fedfuse.core.fixed_point import SumSettings
+from fedfuse.core.guarantee import Releases
 from fedfuse.core.journal import Entry, Journal, content_key
 from fedfuse.core.ledger import Ledger, LedgerEntry
 from fedfuse.core.method import Method, Task, TaskSpec, task_spec
-from fedfuse.core.payload import Payload, Value, matches, read_header
+from fedfuse.core.payload import Payload, Value
 from fedfuse.core.seeding import derive_seed
 from fedfuse.core.settings import to_json
-
-Expectation = Mapping[str, Any]
-"""What an upload must look like: key to a tensor or :class:`TensorSpec` (same shape and dtype), or a scalar's type."""
-
-_SLACK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype that an uploaded tensor must have.
-
-    Args:
-        shape: sizes; ``None`` accepts any size of that dimension.
-        dtype: the element type.
-    """
-
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype = torch.float32
+from fedfuse.core.summing import SumQuestion, check_secure_aggregation
+from fedfuse.core.sums import SUM
 
 
 @dataclass(frozen=True)
@@ -54,11 +40,13 @@ class ClientFacts:
         fingerprint: digest of its data, made at the client.
         num_threads: torch threads that it computes with.
         device: kind of device, ``cpu`` or ``cuda``.
+        num_examples: how many examples it trains on, where it says so; no part of any question.
     """
 
     fingerprint: str
     num_threads: int = 1
     device: str = "cpu"
+    num_examples: int | None = None
 
 
 class Runtime(Protocol):
@@ -137,11 +125,22 @@ class Terms:
         quorum: fraction of the asked clients that must answer, in (0, 1].
         timeout_s: most seconds that one client may take; ``None`` is no limit.
         max_upload_bytes: uploads above are refused.
+        secure_aggregation: how uploads are added up without being seen; ``None`` shows them to the server.
     """
 
     quorum: float = 1.0
     timeout_s: float | None = None
     max_upload_bytes: int = 4 << 30
+    secure_aggregation: SumSettings | None = None
+
+
+@dataclass(frozen=True)
+class _Overdue:
+    """A question that was not answered in time, and how a late answer is checked."""
+
+    spec: TaskSpec
+    request: Request
+    expect: Callable[[str], Expectation] | Expectation | None
 
 
 class Cohort:
@@ -157,6 +156,8 @@ class Cohort:
         terms: the operator's decisions.
         log: called with a table for ``metrics.jsonl``.
         progress: called with (exchange, client id, clients done, clients in all, fraction of this client's work).
+        releases: what is done to every upload before it leaves its client, part of every question, and the account of
+            it; nothing is done if left out.
     """
 
     def __init__(
@@ -171,20 +172,32 @@ class Cohort:
         terms: Terms | None = None,
         log: Callable[[Mapping[str, Any]], None] = lambda facts: None,
         progress: Callable[[str, str, int, int, float], None] = lambda *facts: None,
+        releases: Releases | None = None,
     ) -> None:
         self._runtime, self._method, self._model_of, self._seed = runtime, method, model_of, seed
         self.journal = journal if journal is not None else Journal()
         self.ledger = ledger if ledger is not None else Ledger()
         self.terms = terms or Terms()
         self._log, self._progress = log, progress
+        self.releases = releases or Releases()
+        self._release = self.releases.terms()
+        if self.terms.secure_aggregation is not None:
+            check_secure_aggregation(method, self._release.get("mechanism"))
         self._facts = dict(sorted(runtime.clients().items()))
         for client_id in self._facts:
             check_client_id(client_id)
         self._lineage: dict[str, str] = {}
         self._model_digests: dict[str, str] = {}
+        self._overdue: dict[str, _Overdue] = {}
         self.missing: dict[str, str] = {}
+        self.late: dict[str, list[str]] = {}
         self.uploads: dict[str, dict[str, str]] = {}
         self.waited_s = 0.0
+
+    @property
+    def facts(self) -> Mapping[str, ClientFacts]:
+        """What is known of each client, in the order of the ids."""
+        return dict(self._facts)
 
     @property
     def client_ids(self) -> list[str]:
@@ -226,35 +239,35 @@ class Cohort:
             raise TaskError(
                 f'two exchanges have the key "{key}"', where=self._method.name, fix="give each ask a key of its own"
             )
+        self.releases.begin(key)
+        limit_s = timeout_s if timeout_s is not None else self.terms.timeout_s
+        if self.terms.secure_aggregation is not None:
+            return self._ask_sum(spec, messages, key, expect, quorum, limit_s, self.terms.secure_aggregation)
         start = time.perf_counter()
         entries: dict[str, Entry] = {}
         missing: dict[str, str] = {}
         pending: dict[str, Request] = {}
-        encoded: dict[int, tuple[bytes, str]] = {}
-        for client_id in sorted(messages):
-            message = messages[client_id]
-            if id(message) not in encoded:
-                data = message.encode()
-                encoded[id(message)] = (data, message.digest())
-            data, digest = encoded[id(message)]
-            request = self._request(spec, client_id, key, data, digest)
+        for request in self._requests(spec, key, messages):
             found = self.journal.get(request.answer_key)
             if found is not None:
                 self._accept(spec, request, found, entries, from_journal=True)
-                self._progress(key, client_id, len(entries), len(messages), 1.0)
+                self._progress(key, request.client_id, len(entries), len(messages), 1.0)
             else:
-                pending[client_id] = request
+                pending[request.client_id] = request
 
         self._progress(key, "", len(entries), len(messages), 0.0)
 
         def tell(client_id: str, done: int, total: int) -> None:
             self._progress(key, client_id, len(entries) + len(missing), len(messages), done / max(1, total))
 
-        limit_s = timeout_s if timeout_s is not None else self.terms.timeout_s
         if pending:
             for reply in self._runtime.exchange(list(pending.values()), timeout_s=limit_s, progress=tell):
                 asked = pending.get(reply.client_id)
-                if asked is None or reply.client_id in entries or reply.client_id in missing:
+                if self._take_late(reply):
+                    continue
+                # An upload counts for the question that it answers, and for no other.
+                answers_another = reply.answer_key not in ("", asked.answer_key if asked else "")
+                if asked is None or answers_another or reply.client_id in entries or reply.client_id in missing:
                     self._log({"event": "ignored reply", "exchange": key, "client": reply.client_id})
                     continue
                 if reply.breaks_contract:
@@ -266,19 +279,101 @@ class Cohort:
                     entry = self.journal.put(asked.answer_key, reply.upload, self._entry_facts(spec, asked, reply))
                 except UploadRefused as refusal:
                     missing[reply.client_id] = str(refusal)
-                    self._count(asked, 0, reply.seconds, reply.peak_rss_bytes, from_journal=False)
+                    self._count(asked, _nothing(reply), from_journal=False)
                 else:
                     self._accept(spec, asked, entry, entries, from_journal=False)
                 self._progress(key, reply.client_id, len(entries) + len(missing), len(messages), 1.0)
         for client_id in sorted(set(pending) - set(entries) - set(missing)):
             missing[client_id] = "no reply"
-            self._count(pending[client_id], 0, 0.0, 0, from_journal=False)
+            self._count(pending[client_id], _nothing(Reply(client_id)), from_journal=False)
+            self._overdue[pending[client_id].answer_key] = _Overdue(spec, pending[client_id], expect)
         self.waited_s += time.perf_counter() - start
         self.missing.update({c: f"{key}: {reason}" for c, reason in sorted(missing.items())})
         for client_id in sorted(missing):
             self._log({"event": "missing", "exchange": key, "client": client_id, "reason": missing[client_id]})
         self._judge(key, len(entries), len(messages), missing, quorum)
-        return Replies(entries, missing)
+        return Replies(self.releases.seen_by_method(key, entries), missing)
+
+    def _ask_sum(
+        self,
+        spec: TaskSpec,
+        messages: Mapping[str, Payload],
+        key: str,
+        expect: Callable[[str], Expectation] | Expectation | None,
+        quorum: float | None,
+        timeout_s: float | None,
+        settings: SumSettings,
+    ) -> Replies:
+        """Ask so that the server sees the total alone: one reply, which is the mean and the sum of all."""
+        start, num_asked = time.perf_counter(), len(messages)
+        requests = list(self._requests(spec, key, messages))
+        looks = expect if callable(expect) else lambda client_id: expect
+        question = SumQuestion.of(self._method, spec, requests, looks, settings)
+        entry = self.journal.get(question.key)
+        is_known = entry is not None
+        if entry is None:
+            finished: set[str] = set()
+
+            def tell(client_id: str, done: int, total: int) -> None:
+                if done >= total:
+                    finished.add(client_id)
+                self._progress(key, client_id, len(finished), num_asked, done / max(1, total))
+
+            self._progress(key, "", 0, num_asked, 0.0)
+            num_needed = max(2, self._needed(num_asked, quorum))
+            reply = question.carry(self._runtime, num_needed=num_needed, timeout_s=timeout_s, progress=tell)
+            if reply.upload is None:
+                self._judge(key, len(reply.contributions), num_asked, reply.missing, quorum, at_least=2)
+            data = reply.upload or b""
+            check_upload(SUM, data, spec.uploads, looks(requests[0].client_id), self.terms.max_upload_bytes)
+            entry = self.journal.put(question.key, data, question.entry_facts(spec, reply))
+        # The server keeps the total, and nothing of what single clients sent.
+        stored_bytes = entry.facts["upload_bytes"]
+        for request, cost in question.costs(entry.facts):
+            self._count(request, cost, from_journal=is_known, stored_bytes=stored_bytes)
+            stored_bytes = 0
+        missing: Mapping[str, str] = entry.facts["missing"]
+        self.uploads.setdefault(key, {})[SUM] = entry.facts["sha256"]
+        self.releases.note(key, SUM, entry.open())
+        self.waited_s += time.perf_counter() - start
+        self.missing.update({c: f"{key}: {reason}" for c, reason in missing.items()})
+        for client_id, reason in missing.items():
+            self._log({"event": "missing", "exchange": key, "client": client_id, "reason": reason})
+        self._judge(key, num_asked - len(missing), num_asked, missing, quorum)
+        self._progress(key, "", num_asked, num_asked, 1.0)
+        return Replies({SUM: entry}, missing)
+
+    def collect_late(self) -> dict[str, list[str]]:
+        """Take in replies that came after their exchange was over, as far as the runtime has them.
+
+        They change nothing in this run; they are in the journal for whoever asks the same question again.
+
+        Returns:
+            Client id to the exchanges that it answered late.
+        """
+        for reply in getattr(self._runtime, "late_replies", lambda: ())():
+            if not self._take_late(reply):
+                self._log({"event": "ignored reply", "exchange": "", "client": reply.client_id})
+        return {client_id: list(keys) for client_id, keys in sorted(self.late.items())}
+
+    def _take_late(self, reply: Reply) -> bool:
+        """Journal an upload that answers an earlier exchange; says whether it was one."""
+        overdue = self._overdue.get(reply.answer_key)
+        if overdue is None or overdue.request.client_id != reply.client_id:
+            return False
+        facts = {"exchange": overdue.request.exchange, "client": reply.client_id}
+        try:
+            if reply.upload is None:
+                raise UploadRefused(reply.error)
+            self._check(overdue.spec, reply, overdue.expect)
+        except UploadRefused as refusal:
+            self._log({"event": "late reply refused", **facts, "reason": str(refusal)})
+        else:
+            self.journal.put(reply.answer_key, reply.upload, self._entry_facts(overdue.spec, overdue.request, reply))
+            self.late.setdefault(reply.client_id, []).append(overdue.request.exchange)
+            self._log({"event": "late reply", **facts})
+            del self._overdue[reply.answer_key]
+        return True
 
     def _spec(self, task: Task) -> TaskSpec:
         spec = task_spec(task)
@@ -302,6 +397,16 @@ class Cohort:
             )
         return dict(send)
 
+    def _requests(self, spec: TaskSpec, key: str, messages: Mapping[str, Payload]) -> Iterator[Request]:
+        """The question to each client, in client-id order; a message that several get is encoded once."""
+        encoded: dict[int, tuple[bytes, str]] = {}
+        for client_id in sorted(messages):
+            message = messages[client_id]
+            if id(message) not in encoded:
+                data = message.encode()
+                encoded[id(message)] = (data, message.digest())
+            yield self._request(spec, client_id, key, *encoded[id(message)])
+
     def _request(self, spec: TaskSpec, client_id: str, key: str, data: bytes, digest: str) -> Request:
         facts, settings = self._facts[client_id], to_json(self._method)
         seed = derive_seed(self._seed, client_id, key)
@@ -322,6 +427,8 @@ class Cohort:
             "num_threads": facts.num_threads,
             "device": facts.device,
         }
+        if self._release:
+            question["release"] = self._release
         return Request(
             method=self._method.name,
             settings=settings,
@@ -332,6 +439,7 @@ class Cohort:
             lineage=lineage,
             answer_key=content_key(question),
             payload=data,
+            release=self._release,
         )
 
     def _entry_facts(self, spec: TaskSpec, request: Request, reply: Reply) -> dict[str, Any]:
@@ -341,6 +449,8 @@ class Cohort:
             "task": spec.identity,
             "seconds": reply.seconds,
             "peak_rss_bytes": reply.peak_rss_bytes,
+            "upload_wire_bytes": reply.upload_wire_bytes,
+            "download_wire_bytes": reply.download_wire_bytes,
         }
 
     def _accept(
@@ -350,15 +460,10 @@ class Cohort:
         entries[client_id] = entry
         if spec.keeps_state:
             self._lineage[client_id] = request.answer_key
-        self._count(
-            request,
-            entry.facts["upload_bytes"],
-            entry.facts["seconds"],
-            entry.facts["peak_rss_bytes"],
-            from_journal=from_journal,
-        )
+        self._count(request, entry.facts, from_journal=from_journal)
         self.uploads.setdefault(request.exchange, {})[client_id] = entry.facts["sha256"]
         upload = entry.open()
+        self.releases.note(request.exchange, client_id, upload)
         for name in upload:
             if name.startswith("curve/"):
                 curve = upload[name]
@@ -373,20 +478,40 @@ class Cohort:
                 )
 
     def _count(
-        self, request: Request, upload_bytes: int, seconds: float, peak_rss_bytes: int, *, from_journal: bool
+        self, request: Request, facts: Mapping[str, Any], *, from_journal: bool, stored_bytes: int | None = None
     ) -> None:
         entry = LedgerEntry(
-            request.exchange, request.client_id, upload_bytes, len(request.payload), seconds, from_journal
+            request.exchange,
+            request.client_id,
+            facts["upload_bytes"],
+            len(request.payload),
+            facts["seconds"],
+            from_journal,
+            # Journals of earlier versions did not measure these.
+            facts.get("upload_wire_bytes", 0),
+            facts.get("download_wire_bytes", 0),
         )
-        self.ledger.add(entry, peak_rss_bytes)
+        self.ledger.add(entry, facts["peak_rss_bytes"], stored_bytes=stored_bytes)
 
     def _check(self, spec: TaskSpec, reply: Reply, expect: Callable[[str], Expectation] | Expectation | None) -> None:
         assert reply.upload is not None
         wanted = expect(reply.client_id) if callable(expect) else expect
         check_upload(reply.client_id, reply.upload, spec.uploads, wanted, self.terms.max_upload_bytes)
 
-    def _judge(self, key: str, answered: int, asked: int, missing: Mapping[str, str], quorum: float | None) -> None:
-        needed = max(1, math.ceil((self.terms.quorum if quorum is None else quorum) * asked - 1e-9))
+    def _needed(self, asked: int, quorum: float | None) -> int:
+        return max(1, math.ceil((self.terms.quorum if quorum is None else quorum) * asked - 1e-9))
+
+    def _judge(
+        self,
+        key: str,
+        answered: int,
+        asked: int,
+        missing: Mapping[str, str],
+        quorum: float | None,
+        *,
+        at_least: int = 1,
+    ) -> None:
+        needed = max(at_least, self._needed(asked, quorum))
         if answered >= needed:
             return
         reasons = "; ".join(f"{client_id}: {' '.join(reason.split())}" for client_id, reason in sorted(missing.items()))
@@ -397,11 +522,25 @@ class Cohort:
         )
 
 
-def check_client_id(client_id: str) -> None:
+def _nothing(reply: Reply) -> dict[str, Any]:
+    """What the ledger counts of a reply that brought nothing that was accepted."""
+    return {
+        "upload_bytes": 0,
+        "seconds": reply.seconds,
+        "peak_rss_bytes": reply.peak_rss_bytes,
+        "upload_wire_bytes": reply.upload_wire_bytes,
+        "download_wire_bytes": reply.download_wire_bytes,
+    }
+
+
+def check_client_id(client_id: str) -> str:
     """Refuse an id that cannot be part of a key and of a file's name.
 
     Args:
         client_id: at most 100 letters, digits, ``_ . -``, not beginning with a dot.
+
+    Returns:
+        The id.
 
     Raises:
         ConfigError: it is none.
@@ -410,94 +549,4 @@ def check_client_id(client_id: str) -> None:
         raise ConfigError(
             f"{client_id!r:.60} is no client id", where="clients", fix="use at most 100 letters, digits, _ . and -"
         )
-
-
-def check_upload(
-    client_id: str, data: bytes, declared: Mapping[str, str], expect: Expectation | None, max_upload_bytes: int
-) -> None:
-    """Refuse an upload that is not what the task declared and the server expects.
-
-    Args:
-        client_id: who sent it, for the message.
-        data: the encoded upload.
-        declared: patterns of keys that the task may upload.
-        expect: shapes, dtypes and scalar types by key; ``None`` if the server cannot know.
-        max_upload_bytes: largest size that is accepted.
-
-    Raises:
-        UploadRefused: the reason, with client and key.
-    """
-
-    def refuse(reason: str, key: str = "") -> UploadRefused:
-        where = f"client {client_id}" + (f", key {key!r:.120}" if key else "")
-        return UploadRefused(
-            f"the upload was refused: {reason}", where=where, fix="the client must send what the task declares"
-        )
-
-    limit = max_upload_bytes
-    if expect is not None:
-        limit = min(limit, 2 * sum(_expected_bytes(value) for value in expect.values()) + _SLACK_BYTES)
-    if len(data) > limit:
-        raise refuse(f"{len(data):,} bytes are more than the limit of {limit:,}")
-    try:
-        # The header alone tells undeclared keys and wrong shapes before any tensor is made.
-        header = read_header(data)
-        keys = [key for key in header if key != "__metadata__"]
-        undeclared = sorted(key for key in keys if not matches(key, declared))
-        if undeclared:
-            raise refuse("the key was not declared", undeclared[0])
-        payload = Payload.decode(data)
-    except PayloadError as error:
-        raise refuse(error.what) from None
-    undeclared = [key for key in payload if not matches(key, declared)]
-    if undeclared:
-        raise refuse("the key was not declared", undeclared[0])
-    if expect is not None:
-        for key in sorted(set(expect) - set(payload)):
-            raise refuse("the key is missing", key)
-        for key in sorted(set(payload) - set(expect)):
-            if not key.startswith("curve/"):
-                raise refuse("the key was not expected", key)
-    for key, value in payload.items():
-        reason = _mismatch(value, expect.get(key) if expect else None)
-        if reason:
-            raise refuse(reason, key)
-
-
-def _expected_bytes(value: Tensor | TensorSpec | type) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, TensorSpec) and None not in value.shape:
-        return math.prod(size or 0 for size in value.shape) * value.dtype.itemsize
-    return 1 << 24
-
-
-def _mismatch(value: Value, expected: Tensor | TensorSpec | type | None) -> str:
-    """Why a value is not acceptable; empty if it is."""
-    if isinstance(value, Tensor):
-        if _has_holes(value):
-            return "it holds NaN or infinite values"
-        if isinstance(expected, type):
-            return f"it is a tensor, wanted a {expected.__name__}"
-        if expected is not None and value.dtype != expected.dtype:
-            return f"its dtype is {value.dtype}, wanted {expected.dtype}"
-        if expected is not None and not _fits(tuple(value.shape), tuple(expected.shape)):
-            return f"its shape is {tuple(value.shape)}, wanted {tuple(expected.shape)}"
-        return ""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "it holds NaN or infinite values"
-    if expected is not None and (not isinstance(expected, type) or type(value) is not expected):
-        wanted = expected.__name__ if isinstance(expected, type) else "tensor"
-        return f"it is a {type(value).__name__}, wanted a {wanted}"
-    return ""
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(want in (None, have) for want, have in zip(wanted, shape, strict=True))
-
-
-def _has_holes(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return False
-    # Torch stores numbers of 8 bits but can hardly compute with them.
-    return not bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
+    return client_id

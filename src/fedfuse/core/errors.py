@@ -61,6 +61,10 @@ class UploadRefused(FedfuseError):
     """What a client sent was refused before it was stored; names client, key and reason."""
 
 
+class SealError(FedfuseError):
+    """A sealed message is none, was changed since it was signed, or was signed by somebody else."""
+
+
 class TaskError(FedfuseError):
     """A client task broke the contract: undeclared key, undeclared setting, undeclared state."""
 

@@ -49,6 +49,16 @@ def write_atomically(path: Path, data: bytes, *, syncs_folder: bool = True) -> N
         ) from None
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in a folder and below it.
+
+    Args:
+        folder: in which nobody else is writing.
+    """
+    for path in folder.rglob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

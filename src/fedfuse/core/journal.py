@@ -121,6 +121,8 @@ class Journal:
         path, facts_path = self.folder / f"{key}.safetensors", self.folder / f"{key}.json"
         try:
             facts = json.loads(facts_path.read_text(encoding="utf-8"))
+            if path.stat().st_size != facts["upload_bytes"]:
+                raise ValueError("size")
             if key not in self._checked:
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:

@@ -17,6 +17,8 @@ class LedgerEntry:
         download_bytes: encoded size of the message.
         seconds: time the client's task took when it was carried out.
         from_journal: whether the answer was there already. Such an answer counts as if it had been given now.
+        upload_wire_bytes: bytes that crossed to bring the reply, with everything around it; 0 where nobody measured.
+        download_wire_bytes: bytes that crossed to bring the message; 0 where nobody measured.
     """
 
     exchange: str
@@ -25,6 +27,8 @@ class LedgerEntry:
     download_bytes: int
     seconds: float
     from_journal: bool
+    upload_wire_bytes: int = 0
+    download_wire_bytes: int = 0
 
 
 class Ledger:
@@ -35,15 +39,16 @@ class Ledger:
         self.peak_client_rss_bytes = 0
         self._stored_bytes = 0
 
-    def add(self, entry: LedgerEntry, peak_rss_bytes: int = 0) -> None:
+    def add(self, entry: LedgerEntry, peak_rss_bytes: int = 0, *, stored_bytes: int | None = None) -> None:
         """Count one question.
 
         Args:
             entry: what crossed.
             peak_rss_bytes: most memory of the client's process.
+            stored_bytes: what the server keeps of it; the upload if left out.
         """
         self.entries.append(entry)
-        self._stored_bytes += entry.upload_bytes
+        self._stored_bytes += entry.upload_bytes if stored_bytes is None else stored_bytes
         self.peak_client_rss_bytes = max(self.peak_client_rss_bytes, peak_rss_bytes)
 
     def exchanges(self) -> list[str]:
@@ -59,6 +64,7 @@ class Ledger:
         Returns:
             ``upload_bytes`` and ``download_bytes`` are means per client; ``*_total`` are sums over clients;
             ``storage_bytes`` is the peak of what the server holds: every upload of the run and the artifact.
+            ``*_wire_bytes_total`` is what really crossed where a network was between; 0 where there was none.
         """
         clients = len({entry.client for entry in self.entries}) or 1
         up = sum(entry.upload_bytes for entry in self.entries)
@@ -68,6 +74,8 @@ class Ledger:
             "download_bytes": down / clients,
             "upload_bytes_total": up,
             "download_bytes_total": down,
+            "upload_wire_bytes_total": sum(entry.upload_wire_bytes for entry in self.entries),
+            "download_wire_bytes_total": sum(entry.download_wire_bytes for entry in self.entries),
             "exchanges": len(self.exchanges()),
             "storage_bytes": self._stored_bytes + artifact_bytes,
             "artifact_bytes": artifact_bytes,

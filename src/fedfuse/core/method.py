@@ -178,6 +178,10 @@ class Method:
     """Whether clients may own models of different architectures."""
     is_additive: ClassVar[bool] = False
     """Whether what a client uploads depends on no other client, so that clients can come and go one by one."""
+    sums: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Of a method whose server computes from sums and weighted means of its uploads alone: name of a task to the
+    pattern of its keys to the key of their weight, empty for a plain sum. With secure aggregation the server gets one
+    reply that holds those. It is not inherited: a subclass's server may look at more."""
 
     def fuse(self, cohort: Cohort, job: Job) -> Fused:
         """The server's procedure, top to bottom: ask clients, compute, return.
@@ -190,6 +194,11 @@ class Method:
             The result.
         """
         raise NotImplementedError
+
+    @classmethod
+    def summed_tasks(cls) -> Mapping[str, Mapping[str, str]]:
+        """:attr:`sums` as this very class declares them; empty if its server needs to see single uploads."""
+        return dict(cls.__dict__.get("sums", {}))
 
     @classmethod
     def tasks(cls) -> dict[str, TaskSpec]:

@@ -22,6 +22,8 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from fedfuse.core.errors import PayloadError
+from fedfuse.core.header import MAX_HEADER_BYTES, METADATA, checked_header
+from fedfuse.core.header import read_header as read_header
 
 Scalar = bool | int | float | str
 Value = Tensor | Scalar
@@ -67,6 +69,8 @@ class Payload(MutableMapping[str, Value]):
             value = value.detach()
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise PayloadError(f'"{key}" is an integer beyond 64 bits', fix="send it as a float or a string")
+        elif isinstance(value, str) and not _is_encodable(value):
+            raise PayloadError(f'"{key}" is a text that has no UTF-8', fix="leave out lone surrogates")
         elif not isinstance(value, (bool, int, float, str)):
             raise PayloadError(
                 f'"{key}" is a {type(value).__name__}', fix="a payload holds tensors, bool, int, float and str only"
@@ -167,6 +171,9 @@ class Payload(MutableMapping[str, Value]):
 
         Returns:
             Bytes that :meth:`decode` turns back; the same for the same content.
+
+        Raises:
+            PayloadError: names and scalars are too long to be read again.
         """
         scalars: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
@@ -177,7 +184,14 @@ class Payload(MutableMapping[str, Value]):
                 tensors[key] = value.to("cpu", memory_format=torch.contiguous_format, copy=True)
             else:
                 scalars[key] = _scalar_to_json(value)
-        return safetensors_save(tensors, {_SCALARS: json.dumps(scalars, sort_keys=True, separators=(",", ":"))})
+        data = safetensors_save(tensors, {_SCALARS: json.dumps(scalars, sort_keys=True, separators=(",", ":"))})
+        header_bytes = int.from_bytes(data[:8], "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise PayloadError(
+                f"names and scalars take {header_bytes:,} bytes, more than {MAX_HEADER_BYTES:,}",
+                fix="send long texts and many numbers as tensors",
+            )
+        return data
 
     @classmethod
     def decode(cls, data: bytes) -> Payload:
@@ -192,7 +206,7 @@ class Payload(MutableMapping[str, Value]):
         Raises:
             PayloadError: the bytes are not a payload.
         """
-        header = read_header(data)
+        header = checked_header(data)
         try:
             tensors = safetensors_load(data)
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
@@ -200,11 +214,14 @@ class Payload(MutableMapping[str, Value]):
                 f"the bytes are not a payload: {error}", fix="send what Payload.encode() gives"
             ) from None
         payload = cls()
-        for key, tensor in tensors.items():
+        for key in list(tensors):
+            tensor = tensors.pop(key)
+            if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+                raise PayloadError(f'"{key}" holds bytes that are no bool', fix="send what Payload.encode() gives")
             payload[key] = tensor.clone()
         for key, scalar in _scalars(header).items():
             if key in payload:
-                raise PayloadError(f'"{key}" stands twice in the payload', fix="send what Payload.encode() gives")
+                raise _twice(key)
             payload[key] = scalar
         return payload
 
@@ -222,20 +239,25 @@ def check_key(key: str) -> None:
     Raises:
         PayloadError: it is none.
     """
-    if not isinstance(key, str) or len(key) > _MAX_KEY_LENGTH or not _KEY.match(key) or not _is_encodable(key):
+    # The format keeps one name of its header for itself, and all names as UTF-8.
+    is_key = isinstance(key, str) and len(key) <= _MAX_KEY_LENGTH and _KEY.match(key) and key != METADATA
+    if not is_key or not _is_encodable(key):
         raise PayloadError(
             f"{key!r:.80} is no key of a payload",
             fix=f'use "group/name": printable, at most {_MAX_KEY_LENGTH} characters, no * ? [ ] and no empty part',
         )
 
 
-def _is_encodable(key: str) -> bool:
-    """The format keeps one name of its header for itself, and all names as UTF-8."""
+def _is_encodable(text: str) -> bool:
     try:
-        key.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
-    return key != "__metadata__"
+    return True
+
+
+def _twice(key: str) -> PayloadError:
+    return PayloadError(f'"{key}" stands twice in the payload', fix="send what Payload.encode() gives")
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
@@ -252,42 +274,8 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def read_header(data: bytes | Path) -> dict[str, Any]:
-    """Parse the header of an encoded payload without reading its tensors.
-
-    Args:
-        data: encoded bytes, or the path of a file of them.
-
-    Returns:
-        The header: per tensor ``dtype``, ``shape`` and ``data_offsets``, and ``__metadata__``.
-
-    Raises:
-        PayloadError: the header is broken or does not fit the length of the data.
-    """
-    if isinstance(data, Path):
-        size = data.stat().st_size
-        with data.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            raw = file.read(length) if 8 + length <= size else b""
-    else:
-        size, start = len(data), bytes(data[:8])
-        length = int.from_bytes(start, "little")
-        raw = bytes(data[8 : 8 + length]) if 8 + length <= size else b""
-    fix = "send what Payload.encode() gives, whole"
-    if len(start) < 8 or 8 + length > size:
-        raise PayloadError(f"the bytes are not a payload: {size} bytes with a header of {length}", fix=fix)
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise PayloadError("the bytes are not a payload: the header is not JSON", fix=fix) from None
-    if not isinstance(header, dict):
-        raise PayloadError("the bytes are not a payload: the header is not a table", fix=fix)
-    return header
-
-
 def _scalars(header: Mapping[str, Any]) -> dict[str, Scalar]:
-    metadata = header.get("__metadata__") or {}
+    metadata = header.get(METADATA) or {}
     try:
         found = json.loads(metadata.get(_SCALARS, "{}"))
         return {key: _scalar_from_json(value) for key, value in found.items()}
@@ -324,11 +312,17 @@ class PayloadFile(Mapping[str, Value]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header = read_header(self.path)
-        self._scalars = _scalars(header)
-        self._tensors = {key for key in header if key != "__metadata__"}
-        for key in (*self._tensors, *self._scalars):
-            check_key(key)
+        try:
+            header = checked_header(self.path)
+            # A payload of the scalars, because it judges them.
+            self._scalars = Payload(_scalars(header))
+            self._tensors = {key for key in header if key != METADATA}
+            for key in self._tensors:
+                check_key(key)
+                if key in self._scalars:
+                    raise _twice(key)
+        except PayloadError as error:
+            raise PayloadError(error.what, where=str(self.path), fix=error.fix) from None
 
     def __getitem__(self, key: str) -> Value:
         if key in self._scalars:

@@ -120,15 +120,19 @@ def _is_same_source(old: object, new: object) -> bool:
 
 METHODS: Registry[Any] = Registry("method", "fedfuse.methods")
 RULES: Registry[Any] = Registry("rule", "fedfuse.rules")
+ADAPTER_RULES: Registry[Any] = Registry("adapter rule", "fedfuse.rules.adapters")
 PARTITIONS: Registry[Any] = Registry("partition", "fedfuse.data.partitions")
 SOURCES: Registry[Any] = Registry("source", "fedfuse.data.sources")
 MODELS: Registry[Any] = Registry("model", "fedfuse.models")
 RECIPES: Registry[Any] = Registry("recipe", "fedfuse.models")
 RUNTIMES: Registry[Any] = Registry("runtime", "fedfuse.runtimes")
+ATTACKS: Registry[Any] = Registry("attack", "fedfuse.data.attacks")
 
 register_rule = RULES.register
+register_adapter_rule = ADAPTER_RULES.register
 register_partition = PARTITIONS.register
 register_source = SOURCES.register
 register_model = MODELS.register
 register_recipe = RECIPES.register
 register_runtime = RUNTIMES.register
+register_attack = ATTACKS.register

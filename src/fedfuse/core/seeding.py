@@ -7,11 +7,12 @@ order in which clients are served, on the number of workers, or on what was draw
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,9 +43,11 @@ class Rng:
 
     Args:
         seed: where every stream of it starts.
+        secret: known to the client alone; decides what :meth:`private_key` gives, and nothing else.
     """
 
     seed: int
+    secret: bytes = field(default=b"", repr=False)
 
     def child(self, *names: int | str) -> Rng:
         """A source of its own for a part of the work.
@@ -52,7 +55,21 @@ class Rng:
         Args:
             names: what the part is called.
         """
-        return Rng(derive_seed(self.seed, *names))
+        return Rng(derive_seed(self.seed, *names), self.secret)
+
+    def private_key(self, *names: int | str) -> bytes:
+        """A key for noise that hides something, which nobody can repeat who knows the seed alone.
+
+        Without a secret, in a simulation, it is derived from the seed like everything else.
+
+        Args:
+            names: what the key is for; the same names give the same key.
+
+        Returns:
+            32 bytes.
+        """
+        text = json.dumps([self.seed, "private", *names], separators=(",", ":"), ensure_ascii=True)
+        return hmac.digest(self.secret or b"no secret", text.encode(), "sha256")
 
     def torch(self, *names: int | str, device: torch.device | str = "cpu") -> torch.Generator:
         """A fresh torch generator for the stream of that name.
