@@ -14,6 +14,7 @@ import torch
 from fedfuse.commands.inspecting import describe, outline
 from fedfuse.core.errors import FedfuseError
 from fedfuse.core.payload import Payload
+from fedfuse.core.sealing import SigningKey, write_sealed
 
 
 def test_a_run(run_folder: Path) -> None:
@@ -102,7 +103,7 @@ def test_nothing_that_fedfuse_knows(tmp_path: Path) -> None:
         assert refused(path) == (
             "there is nothing here that fedfuse knows\n"
             f"  where: {path}\n"
-            "  fix:   name a run's folder, an artifact, a journal or a .safetensors file"
+            "  fix:   name a run's folder, an artifact, an adapter, a journal, a .safetensors or a .fed file"
         )
 
 
@@ -164,3 +165,29 @@ _CNN = {"kind": "model", "family": "cnn", "settings": {"width": 4}}
 )
 def test_a_recipe_in_a_few_words(recipe: Any, words: str) -> None:
     assert outline(recipe) == words
+
+
+def test_a_contribution_and_a_request(tmp_path: Path) -> None:
+    key = SigningKey.generate()
+    upload = Payload({"model/w": torch.zeros(2, 3), "num_examples": 4}).encode()
+    manifest = {
+        "kind": "contribution",
+        "client": "hospital-a",
+        "exchange": "local_models",
+        "facts": {"num_threads": 1},
+        "declared": {"model/*": "weights"},
+    }
+    write_sealed(tmp_path / "a.fed", manifest, {"upload": upload}, key)
+    assert describe(tmp_path / "a.fed").splitlines() == [
+        f"contribution {tmp_path / 'a.fed'}: {(tmp_path / 'a.fed').stat().st_size:,} bytes, its signature fits",
+        f"  signed by   {key.public_key}",
+        "  client      hospital-a",
+        "  exchange    local_models",
+        "  num_threads 1",
+        "  model/w  float32 2 x 3  (weights)",
+        "  num_examples  int 4",
+    ]
+    write_sealed(tmp_path / "r.fed", {"kind": "request", "requests": {"b": {"task": "train"}}}, {}, key)
+    assert describe(tmp_path / "r.fed").splitlines()[2:] == ["  asks        b: train"]
+    (tmp_path / "bad.fed").write_bytes(b"x" * 20)
+    assert "the sealed message was refused" in refused(tmp_path / "bad.fed")

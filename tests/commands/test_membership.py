@@ -229,16 +229,25 @@ def test_who_was_missing_stays_missing(tmp_path: Path) -> None:
 
 
 def test_methods_whose_uploads_depend_on_each_other_are_refused(tmp_path: Path) -> None:
-    method = {"name": "fedavg", "local": {"num_epochs": 1}}
+    method = {"name": "fedavg", "num_rounds": 2, "local": {"num_epochs": 2}}
     fedfuse.run({**CONFIG, "method": method}, out=tmp_path / "run")
     for command in (remove_client, add_client):
         with pytest.raises(ConfigError) as caught:
             command(tmp_path / "run", "client_1")
         assert str(caught.value) == (
-            "with fedavg, what clients send depends on the other clients\n"
+            "in this run of fedavg, what clients sent depends on the other clients\n"
             f"  where: {tmp_path / 'run'}\n"
-            "  fix:   run it again without that client, or use one of: afl, fedpft, lda, prototypes"
+            "  fix:   run it again without that client, or use a method that asks its clients once"
         )
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ensemble"])
+def test_a_method_that_asks_once_lets_clients_come_and_go(name: str, tmp_path: Path) -> None:
+    config = {**CONFIG, "method": {"name": name, "local": {"num_epochs": 1}}}
+    whole = fedfuse.run(config, out=tmp_path / "run")
+    without = fedfuse.run({**config, "data": {**CONFIG["data"], "without": ["client_1"]}})
+    assert remove_client(tmp_path / "run", "client_1")["artifact"] == without.facts["artifact"]
+    assert add_client(tmp_path / "run", "client_1")["artifact"] == whole.facts["artifact"]
 
 
 def test_mistakes_are_told_apart(folder: Path, tmp_path: Path, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -100,6 +101,20 @@ def test_two_workers_give_the_same_bits_and_the_same_ledger(
     other = run(name, tmp_path / "run", runtime={"name": "local", "workers": 2})
     assert digest(other) == digest(wanted)
     assert bytes_of(other) == bytes_of(wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flower_gives_the_same_bits_and_the_same_ledger(name: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    importlib.import_module("flower_double")  # registers the runtime
+    wanted = undisturbed[name]
+    other = run(name, tmp_path / "run", runtime={"name": "flower-double"})
+    assert digest(other) == digest(wanted)
+    wire = {key: value for key, value in bytes_of(other).items() if "wire" in key}
+    assert {**bytes_of(other), **dict.fromkeys(wire, 0)} == bytes_of(wanted)
+    # What seals and carries a message is small, but it is counted.
+    assert wire["upload_wire_bytes_total"] > other.ledger["upload_bytes_total"]
+    assert wire["download_wire_bytes_total"] > other.ledger["download_bytes_total"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,7 @@ METHOD_NAMES = (
 )
 LOCAL_NAMES = (
     "batch_size, channels_last, compile, grad_clip_norm, learning_rate, momentum, num_epochs, patience, precision, "
-    "schedule, weight_decay"
+    "privacy, schedule, weight_decay"
 )
 
 
@@ -57,7 +57,15 @@ def test_the_smallest_configuration_is_filled_with_every_default() -> None:
     assert resolved["method"]["num_blocks"] == 4
     assert resolved["method"]["local"]["num_epochs"] == 20
     assert resolved["runtime"] == {"name": "local", "workers": None, "client_threads": 1, "device": "auto"}
-    assert resolved["federation"] == {"quorum": 1.0, "timeout_s": None, "max_upload_bytes": 4 << 30}
+    assert resolved["federation"] == {
+        "quorum": 1.0,
+        "timeout_s": None,
+        "max_upload_bytes": 4 << 30,
+        "clients": {},
+        "late": "merge",
+        "codec": "none",
+        "secure_aggregation": None,
+    }
     assert resolved["server"] == {"threads": 1, "device": "auto"}
 
 
@@ -76,7 +84,8 @@ def test_a_resolved_configuration_resolves_to_itself(config: dict[str, Any], met
 
 @pytest.mark.parametrize("family", MODELS.names())
 def test_every_model_family_resolves_with_its_defaults(config: dict[str, Any], family: str) -> None:
-    resolved = resolve(read_config({**config, "model": {"family": family}}))
+    needed = {"path": "net.py"} if family == "python" else {}
+    resolved = resolve(read_config({**config, "model": {"family": family, **needed}}))
     assert resolved["model"]["family"] == family
     assert resolve(read_config(resolved)) == resolved
 
@@ -145,7 +154,10 @@ def test_an_override_that_is_no_yaml(config: dict[str, Any]) -> None:
         (
             "sed=1",
             "sed",
-            'did you mean "seed"? known: data, federation, method, methods, model, runtime, seed, server',
+            (
+                'did you mean "seed"? known: attack, data, federation, method, methods, model, privacy, runtime, seed, '
+                "server"
+            ),
         ),
         (
             "data.limt=3",
@@ -184,7 +196,10 @@ def test_an_override_that_is_no_yaml(config: dict[str, Any]) -> None:
         (
             "federation.quorm=1",
             "federation.quorm",
-            'did you mean "quorum"? known: max_upload_bytes, quorum, timeout_s',
+            (
+                'did you mean "quorum"? known: clients, codec, late, max_upload_bytes, quorum, '
+                "secure_aggregation, timeout_s"
+            ),
         ),
         ("server.thread=1", "server.thread", 'did you mean "threads"? known: device, threads'),
     ],

@@ -192,7 +192,8 @@ def test_what_cannot_be_run(model: nn.Module) -> None:
     )
     assert refused(ConfigError, model=model, clients=[A], federation={"quorm": 1}) == (
         'unknown setting "quorm"\n  where: federation.quorm\n'
-        '  fix:   did you mean "quorum"? known: max_upload_bytes, quorum, timeout_s'
+        '  fix:   did you mean "quorum"? known: clients, codec, late, max_upload_bytes, quorum, '
+        "secure_aggregation, timeout_s"
     )
     assert refused(ModelError, model=3, clients=[A]).startswith("the model is a int\n  where: model\n")
     assert refused(ModelError, model=nn.Linear(5, 3), clients=[A]).startswith(

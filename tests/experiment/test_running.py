@@ -25,7 +25,18 @@ def test_what_is_in_a_run_s_folder(config: dict[str, Any], tmp_path: Path) -> No
     assert names == {"artifact", "clients", "config.yaml", "journal", "ledger.json", "metrics.jsonl", "result.json"}
     facts = json.loads((tmp_path / "run" / "result.json").read_text())
     parts = {"accuracy", "artifact", "class_names", "clients", "config", "confusion", "facts"}
-    parts |= {"ledger", "loss", "method", "missing", "seed", "uploads", "used_server_data", "versions"}
+    parts |= {
+        "ledger",
+        "loss",
+        "method",
+        "missing",
+        "privacy",
+        "seed",
+        "suspects",
+        "uploads",
+        "used_server_data",
+        "versions",
+    }
     assert set(facts) == parts
     assert facts == json.loads(json.dumps(result.facts))
     assert (facts["method"], facts["seed"], facts["accuracy"]) == ("fusefl", 2, result.accuracy)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import fedfuse
-from fedfuse.core.errors import ConfigError, QuorumError
-from fedfuse.methods.fedpft import FedPFT
+from fedfuse.core.errors import ConfigError, DataError, QuorumError
+from fedfuse.core.payload import Payload
+from fedfuse.methods.fedpft import FedPFT, _check_draws
 from fedfuse.methods.frozen import Backbone, HeadTraining
 from fedfuse.training import predict
 
@@ -89,3 +90,20 @@ def test_counts_below_one_are_refused(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         FedPFT(**{name: 0})
     assert str(caught.value) == f"{name} is 0\n  where: method.{name}\n  fix:   give at least 1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mixtures/counts", torch.tensor([-1, 3]), "it claims -1 to 3 examples of a class"),
+        ("mixtures/counts", torch.tensor([10**12, 3]), "it claims 3 to 1,000,000,000,000 examples of a class"),
+        ("mixtures/weights", torch.tensor([[1.0], [-1.0]]), "shares of its mixtures are negative or zero"),
+        ("mixtures/weights", torch.tensor([[1.0], [0.0]]), "shares of its mixtures are negative or zero"),
+    ],
+)
+def test_mixtures_that_nobody_can_draw_from_are_refused(key: str, value: torch.Tensor, message: str) -> None:
+    good = {"mixtures/counts": torch.tensor([2, 3]), "mixtures/weights": torch.tensor([[1.0], [1.0]])}
+    _check_draws("a", Payload(good))
+    with pytest.raises(DataError) as caught:
+        _check_draws("a", Payload({**good, key: value}))
+    assert (caught.value.what, caught.value.where) == (message, "client a")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedfuse.core.artifact import detached_state
-from fedfuse.core.cohort import Replies, TensorSpec, check_upload
+from fedfuse.core.cohort import Replies
 from fedfuse.core.errors import DataError, FedfuseError, UploadRefused
+from fedfuse.core.expecting import TensorSpec, check_upload
 from fedfuse.core.journal import Entry
 from fedfuse.core.payload import Payload
 from fedfuse.methods.local import Local

@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 
+from fedfuse.commands.fusing_files import describe_adapter
 from fedfuse.core.artifact import Artifact
+from fedfuse.core.describing import upload_rows
 from fedfuse.core.errors import ArtifactError, FedfuseError
 from fedfuse.core.payload import PayloadFile
+from fedfuse.core.sealing import read_sealed
+from fedfuse.fusing.files import is_adapter
 from fedfuse.report.units import in_words
 
 
 def describe(path: Path) -> str:
-    """Describe a run, a comparison, an artifact, a journal or a payload's file.
+    """Describe a run, a comparison, an artifact, an adapter, a journal, a payload's file, a contribution or a request.
 
     Args:
         path: the file or folder.
@@ -39,8 +43,12 @@ def describe(path: Path) -> str:
 
 
 def _describe(path: Path) -> str:
-    if path.is_file() and path.suffix in (".safetensors", ".fed"):
+    if path.is_file() and path.suffix == ".fed":
+        return describe_sealed(path)
+    if path.is_file() and path.suffix == ".safetensors":
         return describe_payload(path)
+    if is_adapter(path):
+        return describe_adapter(path)
     if (path / "fused.json").is_file():
         return describe_artifact(path)
     if (path / "board.json").is_file():
@@ -53,7 +61,7 @@ def _describe(path: Path) -> str:
     raise ArtifactError(
         "there is nothing here that fedfuse knows",
         where=str(path),
-        fix="name a run's folder, an artifact, a journal or a .safetensors file",
+        fix="name a run's folder, an artifact, an adapter, a journal, a .safetensors or a .fed file",
     )
 
 
@@ -73,6 +81,31 @@ def describe_payload(path: Path) -> str:
             else repr(value)[:80]
         )
         lines.append(f"  {key}  {what}")
+    return "\n".join(lines)
+
+
+def describe_sealed(path: Path) -> str:
+    """Who sealed a contribution or a request, and what it holds; its signature and checksums are verified.
+
+    Args:
+        path: a file that ``fedfuse contribute`` or ``fedfuse fuse`` wrote.
+    """
+    sealed = read_sealed(path, max_bytes=path.stat().st_size)
+    manifest = sealed.manifest
+    lines = [f"{manifest.get('kind', 'message')} {path}: {path.stat().st_size:,} bytes, its signature fits"]
+    lines.append(f"  signed by   {sealed.public_key}")
+    for name in ("client", "method", "task", "exchange", "answer_key", "fedfuse"):
+        if name in manifest:
+            lines.append(f"  {name:<11} {manifest[name]}")
+    for name, value in (manifest.get("facts") or {}).items():
+        lines.append(f"  {name:<11} {value}")
+    requests = manifest.get("requests")
+    if isinstance(requests, Mapping):
+        lines += [f"  asks        {client_id}: {asked.get('task')}" for client_id, asked in sorted(requests.items())]
+    if "upload" in sealed.parts:
+        declared = manifest.get("declared") or {}
+        for row in upload_rows(sealed.part("upload"), declared):
+            lines.append(f"  {row.key}  {row.kind} {row.shape}" + (f"  ({row.what})" if row.what else ""))
     return "\n".join(lines)
 
 

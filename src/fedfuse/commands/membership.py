@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedfuse.core.cohort import check_client_id
+from fedfuse.core.cohort import Runtime, check_client_id
 from fedfuse.core.errors import ConfigError, JournalError, QuorumError, did_you_mean
 from fedfuse.core.journal import Journal
 from fedfuse.core.method import Method
 from fedfuse.core.registry import METHODS
-from fedfuse.experiment import Config, Observer, read_config, resolve
+from fedfuse.experiment import Config, Observer, is_additive_run, read_config, resolve
 from fedfuse.experiment.configuration import NamedSection, named, override
+from fedfuse.experiment.contributing import source_of_path
 from fedfuse.experiment.running import run_method
-from fedfuse.experiment.setting import Loader
+from fedfuse.experiment.setting import Loader, Setting
+from fedfuse.runtimes.members import Members, digest_in
+from fedfuse.runtimes.replay import ReplayRuntime
 
 _STAGE = ".changed"
-_SOURCES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet"}
 
 
 def remove_client(folder: Path, client_id: str, observer: Observer | None = None) -> Mapping[str, Any]:
@@ -45,7 +47,8 @@ def remove_client(folder: Path, client_id: str, observer: Observer | None = None
     """
     run = _FinishedRun.read(folder)
     data = run.config.data
-    clients = Loader(run.config).setting(run.config.seed).data.clients
+    members = run.members()
+    clients = Loader(run.config).setting(run.config.seed).data.clients if members is None else members.enrolled
     if client_id not in clients:
         # A removal that was interrupted behind the exchange of the results has only this left to do.
         if not _forget(folder, client_id):
@@ -55,6 +58,12 @@ def remove_client(folder: Path, client_id: str, observer: Observer | None = None
         return run.facts
     if len(clients) == 1:
         raise ConfigError(f'"{client_id}" is the only client', where=str(folder), fix="delete the run's folder instead")
+    if members is not None:
+        facts = _fuse_without(run, members, client_id, observer)
+        # From here on its name is not let in again, whatever still lies in an inbox.
+        members.remove(client_id)
+        _forget(folder, client_id)
+        return facts
     if client_id in data.late:
         change: dict[str, Any] = {"late": {name: table for name, table in data.late.items() if name != client_id}}
     else:
@@ -94,11 +103,17 @@ def add_client(
     """
     run = _FinishedRun.read(folder)
     check_client_id(client_id)
+    if run.members() is not None:
+        raise ConfigError(
+            "the clients of this run come by themselves",
+            where=str(folder),
+            fix="let the client contribute or join, and run fedfuse fuse or fedfuse serve again",
+        )
     data = run.config.data
     if client_id in Loader(run.config).setting(run.config.seed).data.clients:
         raise ConfigError(f'there is a client "{client_id}" already', where=str(folder), fix="give another name")
     if path is not None:
-        table: dict[str, Any] = {"source": source or _source_of(path), "path": str(path)}
+        table: dict[str, Any] = {"source": source or source_of_path(path), "path": str(path)}
         for text in settings:
             table = override(table, text)
         change: dict[str, Any] = {"late": {**data.late, client_id: table}}
@@ -132,26 +147,31 @@ class _FinishedRun:
             )
         config = read_config(folder / "config.yaml")
         method: Method = named(METHODS, config.method.name, config.method.others, "method")
-        if not method.is_additive:
-            names = [name for name in METHODS.names() if getattr(METHODS.get(name), "is_additive", False)]
+        if not is_additive_run(facts):
             raise ConfigError(
-                f"with {method.name}, what clients send depends on the other clients",
+                f"in this run of {method.name}, what clients sent depends on the other clients",
                 where=str(folder),
-                fix=f"run it again without that client, or use one of: {', '.join(names)}",
+                fix="run it again without that client, or use a method that asks its clients once",
             )
         return cls(folder, config, method, facts)
 
+    def members(self) -> Members | None:
+        """Who takes part, where the clients were elsewhere; ``None`` for a simulation."""
+        path = self.folder / "members.json"
+        if not path.is_file():
+            return None
+        clients = self.config.federation.clients
+        return Members(path, digest_in(path), list(clients), clients)
 
-def _source_of(path: Path) -> str:
-    if path.is_dir():
-        return "parquet" if any(path.rglob("*.parquet")) else "image_folder"
-    if path.suffix not in _SOURCES:
-        raise ConfigError(
-            "the file's name does not tell how to read it",
-            where=str(path),
-            fix=f"end it in {', '.join(_SOURCES)}, or give --source",
-        )
-    return _SOURCES[path.suffix]
+
+def _fuse_without(run: _FinishedRun, members: Members, client_id: str, observer: Observer | None) -> Mapping[str, Any]:
+    """Run the method from the journal with everybody but one client of a real federation."""
+    facts = {name: member.facts for name, member in sorted(members.enrolled.items()) if name != client_id}
+    clients = {name: key for name, key in run.config.federation.clients.items() if name != client_id}
+    federation = run.config.federation.model_copy(update={"clients": clients})
+    config = run.config.model_copy(update={"federation": federation})
+    setting = Loader(config).setting(config.seed).without_clients()
+    return _staged(run, setting, config, config, client_id, observer=observer, runtime=ReplayRuntime(facts))
 
 
 def _fuse_again(
@@ -160,18 +180,29 @@ def _fuse_again(
     """Run the method from the journal under a changed configuration, beside the old result, and then replace it."""
     config = run.config.model_copy(update={"data": run.config.data.model_copy(update=dict(change))})
     selected = {"name": "selected", "inner": {"name": config.runtime.name, **config.runtime.others}, "asks": [*asks]}
-    asking = config.model_copy(
-        update={
-            "runtime": NamedSection.model_validate(selected),
-            # Whether enough clients took part was judged in the run itself; who was missing there stays missing.
-            "federation": config.federation.model_copy(update={"quorum": 1e-9}),
-        }
-    )
+    asking = config.model_copy(update={"runtime": NamedSection.model_validate(selected)})
+    return _staged(run, Loader(config).setting(config.seed), config, asking, client_id, asks=asks, observer=observer)
+
+
+def _staged(
+    run: _FinishedRun,
+    setting: Setting,
+    config: Config,
+    asking: Config,
+    client_id: str,
+    *,
+    asks: Sequence[str] = (),
+    observer: Observer | None = None,
+    runtime: Runtime | None = None,
+) -> Mapping[str, Any]:
+    """Run the method beside the old result, and then replace it."""
     stage = run.folder / _STAGE
+    # Whether enough clients took part was judged in the run itself; who was missing there stays missing.
+    asking = asking.model_copy(update={"federation": asking.federation.model_copy(update={"quorum": 1e-9})})
     shutil.rmtree(stage, ignore_errors=True)
     try:
         result = run_method(
-            Loader(config).setting(config.seed),
+            setting,
             run.method,
             asking,
             resolve(config),
@@ -180,6 +211,7 @@ def _fuse_again(
             observer=observer or Observer(),
             shared=run.folder,
             seed=config.seed,
+            runtime=runtime,
         )
         _check_same_uploads(run, result.facts["uploads"], client_id)
         if client_id in asks and client_id in result.missing:

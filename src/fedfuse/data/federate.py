@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedfuse.core.errors import ConfigError, DataError
-from fedfuse.core.examples import ClientData, Examples
+from fedfuse.core.examples import ClientData, Examples, InputSpace
 from fedfuse.core.seeding import Rng
 from fedfuse.data.augment import check_augment, default_augment
 from fedfuse.data.checks import check_fraction
@@ -40,6 +40,7 @@ class FederatedData:
             where the data came already split.
         is_pixels: whether inputs were images with values in [0, 1] before they were normalised.
         server: the server's own data, normalised; ``None`` where it has none. Labels of -1 say that it has inputs only.
+        augment: name of the augmentation that clients train with.
     """
 
     clients: Mapping[str, ClientData]
@@ -51,6 +52,12 @@ class FederatedData:
     positions: Mapping[str, np.ndarray] = field(default_factory=dict)
     is_pixels: bool = False
     server: Examples | None = None
+    augment: str = "none"
+
+    @property
+    def inputs(self) -> InputSpace:
+        """What inputs look like, for those who must make some without having seen any."""
+        return InputSpace(self.normalization.mean, self.normalization.std, self.is_pixels, self.augment)
 
     def label_counts(self) -> np.ndarray:
         """Examples per client and class, training and validation together.
@@ -62,7 +69,7 @@ class FederatedData:
             np.bincount(torch.cat([data.train.y, data.validation.y]).numpy(), minlength=self.num_classes)
             for data in self.clients.values()
         ]
-        return np.stack(rows).astype(np.int64)
+        return np.array(rows, dtype=np.int64).reshape(len(rows), self.num_classes)
 
 
 def federate(
@@ -139,6 +146,7 @@ def federate(
         positions,
         is_pixels=_is_pixels(dataset),
         server=_normalized(own_data, normalization),
+        augment=augment,
     )
 
 
@@ -240,6 +248,7 @@ def from_clients(
         normalization,
         is_pixels=_is_pixels(dataset),
         server=_normalized(own_data, normalization),
+        augment=augment,
     )
 
 

@@ -71,6 +71,48 @@ def with_late_client(
     where = f"data.late.{client_id}"
     if client_id in data.clients:
         raise ConfigError(f'there is a client "{client_id}" already', where=where, fix="give another name")
+    part = own_part(
+        data,
+        client_id,
+        dataset,
+        seed=seed,
+        validation_fraction=validation_fraction,
+        labels=labels,
+        resize=resize,
+        where=where,
+    )
+    return dataclasses.replace(data, clients=dict(sorted({**data.clients, client_id: part}.items())))
+
+
+def own_part(
+    data: FederatedData,
+    client_id: str,
+    dataset: Dataset,
+    *,
+    seed: int,
+    validation_fraction: float,
+    labels: LabelSetting | None = None,
+    resize: int | None = None,
+    where: str = "",
+) -> ClientData:
+    """The data of a client that brings a data set of its own, as the federation sees it.
+
+    Inputs are normalised like everybody's, and classes are found by name, or by number where they have none.
+
+    Args:
+        data: the federation; its clients are not looked at.
+        client_id: the client.
+        dataset: its examples; a test part is not used.
+        seed: of the run; the validation part is drawn from it.
+        validation_fraction: share of the examples that becomes its validation part.
+        labels: own name of a class to the common name, for all or under a client's id.
+        resize: side in pixels that images are brought to.
+        where: what messages call the data; the client if left out.
+
+    Raises:
+        DataError: the data do not fit the federation's.
+    """
+    where = where or client_id
     own = dataset.train if resize is None else resized(dataset.train, resize)
     if tuple(own.x.shape[1:]) != data.input_shape:
         raise DataError(
@@ -88,9 +130,7 @@ def with_late_client(
         raise DataError(error.what, where=where, fix="map it to a common class in data.labels") from None
     own = Examples(data.normalization.apply(own.x), numbers[own.y])
     kept, held = stratified_split(own.y.numpy(), validation_fraction, Rng(seed).numpy("validation", client_id))
-    augment = next(iter(data.clients.values())).augment
-    part = ClientData(own.subset(kept), own.subset(held), data.num_classes, augment)
-    return dataclasses.replace(data, clients=dict(sorted({**data.clients, client_id: part}.items())))
+    return ClientData(own.subset(kept), own.subset(held), data.num_classes, data.augment)
 
 
 def _label(name: str, class_names: Collection[str]) -> str | int:

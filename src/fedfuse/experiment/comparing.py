@@ -138,7 +138,7 @@ def _plan(
     checked = read_config(table)
     if isinstance(methods, str):
         methods = split_outside_brackets(methods)
-    entries = [_method_entry(entry, checked) for entry in (methods or checked.methods)]
+    entries = [method_entry(entry, checked) for entry in (methods or checked.methods)]
     if not entries:
         raise ConfigError(
             "there is nothing to compare",
@@ -208,8 +208,16 @@ def comparison_name(config: Config, varied: Mapping[str, Sequence[Any]]) -> str:
     return "-by-".join([f"compare-{folder_name(config)}", *varied])
 
 
-def _method_entry(entry: str | Mapping[str, Any] | Method, config: Config) -> tuple[str, dict[str, Any]]:
-    """Label and section of one method of a comparison."""
+def method_entry(entry: str | Mapping[str, Any] | Method, config: Config) -> tuple[str, dict[str, Any]]:
+    """Label and section of one method that takes the place of the configuration's.
+
+    Args:
+        entry: a name, ``name[key=value,...]``, a table with an optional ``label``, or a method object.
+        config: its method's local training holds for the other too.
+
+    Raises:
+        ConfigError: the entry names no method.
+    """
     if isinstance(entry, Method):
         section: dict[str, Any] = {"name": entry.name, **to_json(entry)}
         label = entry.name
@@ -279,12 +287,30 @@ def _board(
                 "accuracy_mean": statistics.fmean(scores) if scores else None,
                 "accuracy_std": (statistics.stdev(scores) if len(scores) > 1 else 0.0) if scores else None,
                 "accuracies": scores,
+                **_attack_facts(runs),
                 "num_seeds": len(runs),
                 **{name: statistics.fmean(run["ledger"][name] for run in runs) for name in names},
                 "runs": [run["run"] for run in runs],
             }
         )
     return {"rows": rows, "seeds": list(seeds), "config": dict(config), "versions": versions()}
+
+
+def _attack_facts(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far attackers came, and how many clients looked wrong, where runs were attacked."""
+    if "attack" not in runs[0]:
+        return {}
+    rates = [run["attack"]["success"] for run in runs if run["attack"]["success"] is not None]
+    hostile, honest = 0, 0
+    for run in runs:
+        suspects = {suspect["client"] for suspect in run["suspects"]}
+        hostile += len(suspects & set(run["attack"]["clients"]))
+        honest += len(suspects - set(run["attack"]["clients"]))
+    return {
+        "attack_success_mean": statistics.fmean(rates) if rates else None,
+        "num_hostile_suspects": hostile,
+        "num_honest_suspects": honest,
+    }
 
 
 def _known_facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,13 @@ import pydantic
 import yaml
 
 from fedfuse.core.errors import ConfigError, did_you_mean
-from fedfuse.core.registry import METHODS, MODELS, PARTITIONS, RUNTIMES, SOURCES, Registry
+from fedfuse.core.registry import ATTACKS, METHODS, MODELS, PARTITIONS, RUNTIMES, SOURCES, Registry
 from fedfuse.core.settings import config_error, from_json, to_json
 from fedfuse.data.augment import check_augment
 from fedfuse.data.normalize import KNOWN
 from fedfuse.data.server import HeldOut
+from fedfuse.experiment.private import resolved_privacy
+from fedfuse.experiment.sections import AttackSection
 from fedfuse.experiment.sections import Config as Config
 from fedfuse.experiment.sections import DataSection as DataSection
 from fedfuse.experiment.sections import ModelSection as ModelSection
@@ -152,7 +154,25 @@ def resolve(config: Config) -> dict[str, Any]:
         "runtime": {"name": runtime.name, **to_json(named(RUNTIMES, runtime.name, runtime.others, "runtime", "name"))},
         "federation": config.federation.model_dump(),
         "server": {**config.server.model_dump(), "threads": server_threads(config)},
+        **({} if config.attack is None else {"attack": _resolved_attack(config.attack)}),
+        **resolved_privacy(config),
     }
+
+
+def attack_of(section: AttackSection) -> Any:
+    """The attack that a section names.
+
+    Args:
+        section: the section.
+
+    Raises:
+        ConfigError: a setting of the attack is unknown or wrong.
+    """
+    return named(ATTACKS, section.name, section.others, "attack", "name", "clients")
+
+
+def _resolved_attack(section: AttackSection) -> dict[str, Any]:
+    return {"name": section.name, "clients": section.clients, **to_json(attack_of(section))}
 
 
 def named(registry: Registry[Any], name: str, settings: Mapping[str, Any], where: str, *also: str) -> Any:

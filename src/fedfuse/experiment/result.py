@@ -11,6 +11,7 @@ from torch import nn
 
 from fedfuse.core.artifact import Artifact
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.registry import METHODS
 
 
 class Observer:
@@ -77,6 +78,18 @@ class Observer:
         Args:
             text: one sentence.
         """
+
+
+def is_additive_run(facts: Mapping[str, Any]) -> bool:
+    """Whether clients can come to a finished run, or leave it, without anybody else computing anew.
+
+    With one exchange nobody was told anything of the others.
+
+    Args:
+        facts: what its ``result.json`` holds.
+    """
+    method = METHODS.get(facts["config"]["method"]["name"])
+    return bool(method.is_additive) or len(facts["uploads"]) == 1
 
 
 @dataclass(frozen=True)

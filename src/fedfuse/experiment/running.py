@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fedfuse.analysis import Screening
 from fedfuse.core import VERSION
 from fedfuse.core.artifact import Artifact
 from fedfuse.core.checkpoints import Checkpoints
 from fedfuse.core.client import ClientSide, StateStore, fixed_threads, peak_rss_bytes, reset_peak_rss
-from fedfuse.core.cohort import Cohort, Terms
+from fedfuse.core.cohort import Cohort, Runtime, Terms
 from fedfuse.core.errors import ConfigError
-from fedfuse.core.examples import InputSpace
-from fedfuse.core.files import write_atomically
+from fedfuse.core.files import remove_unfinished, write_atomically
 from fedfuse.core.journal import Journal
 from fedfuse.core.ledger import Ledger
 from fedfuse.core.method import Fused, Method
@@ -35,7 +35,6 @@ from fedfuse.core.payload import Payload
 from fedfuse.core.registry import METHODS, RUNTIMES
 from fedfuse.core.seeding import Rng, derive_seed
 from fedfuse.core.settings import to_json
-from fedfuse.data.federate import FederatedData
 from fedfuse.data.labels import LabelSetting
 from fedfuse.experiment.configuration import (
     Config,
@@ -46,9 +45,11 @@ from fedfuse.experiment.configuration import (
     resolve,
     server_threads,
 )
+from fedfuse.experiment.hostility import attack_facts, with_hostile_clients
+from fedfuse.experiment.private import client_secret, releases_for, resolved_privacy, run_secret
 from fedfuse.experiment.result import Observer, Result
 from fedfuse.experiment.setting import Loader, Setting, own_setting
-from fedfuse.experiment.watching import WatchedJob
+from fedfuse.experiment.watching import WatchedCohort, WatchedJob
 from fedfuse.models.normalized import normalized_artifact
 from fedfuse.training.evaluation import evaluate
 from fedfuse.training.memory import keep_freed_memory
@@ -64,6 +65,7 @@ def run(
     method: Method | str | None = None,
     runtime: Mapping[str, Any] | None = None,
     federation: Mapping[str, Any] | None = None,
+    privacy: Mapping[str, Any] | None = None,
     validation_fraction: float = 0.1,
     server_data: Any = None,
     class_names: Sequence[str] | None = None,
@@ -85,6 +87,7 @@ def run(
         method: a method object or a name; FuseFL if left out.
         runtime: ``{"name": "local", ...}``.
         federation: ``{"quorum": ..., "timeout_s": ...}``.
+        privacy: ``{"clip_norm": ..., "epsilon": ..., ...}``: what becomes of uploads before they leave their clients.
         validation_fraction: part of each client's data that is set apart, for data of one's own.
         server_data: data of the server's own, for methods that use some: a tensor or array of inputs, or any kind that
             ``clients`` takes, whose labels are left out. No row of it may be in the test part.
@@ -111,7 +114,7 @@ def run(
             )
         checked = read_config(config, [*overrides, *([] if seed is None else [f"seed={seed}"])])
     else:
-        sections = {"runtime": runtime, "federation": federation}
+        sections = {"runtime": runtime, "federation": federation, "privacy": privacy}
         table = {"data": {"source": "own"}, "model": {"family": "own"}, "seed": seed or 0}
         checked = read_config({**table, **{key: dict(value) for key, value in sections.items() if value}})
     if isinstance(method, str):
@@ -164,6 +167,7 @@ def _own_config(config: Config, model: Any, validation_fraction: float, has_serv
         "runtime": {"name": config.runtime.name, **to_json(runtime)},
         "federation": config.federation.model_dump(),
         "server": {**config.server.model_dump(), "threads": server_threads(config)},
+        **resolved_privacy(config),
     }
 
 
@@ -178,10 +182,12 @@ def run_method(
     observer: Observer,
     shared: Path | None = None,
     seed: int | None = None,
+    runtime: Runtime | None = None,
 ) -> Result:
     """Run a method on prepared data and write the run's folder.
 
     ``shared`` holds the journal of a comparison, so that methods that ask the same question share the answer.
+    ``runtime`` is one that is open already, to clients that are elsewhere; left out, the configuration's is opened.
     """
     keep_freed_memory()
     seed = config.seed if seed is None else seed
@@ -189,26 +195,19 @@ def run_method(
     ledger, lines = Ledger(), []
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(None if home is None else home / "journal"))
+        for place in {home, folder} - {None}:
+            # The journal is locked: nobody else writes here.
+            remove_unfinished(Path(str(place)))
         if folder is not None:
             write_atomically(folder / "config.yaml", yaml.safe_dump(dict(resolved), sort_keys=False).encode())
-        runtime_settings = named(RUNTIMES, config.runtime.name, config.runtime.others, "runtime")
-        # Worker processes share clients' states through files, also where the run itself leaves none.
-        scratch = None if home else stack.enter_context(tempfile.TemporaryDirectory(prefix="fedfuse-"))
-        states = StateStore((home or Path(str(scratch))) / "clients")
-        device = runtime_settings.client_device() if hasattr(runtime_settings, "client_device") else torch.device("cpu")
-        sides = {
-            client_id: ClientSide(
-                client_id,
-                client_data,
-                setting.client_models.get(client_id, setting.model),
-                device,
-                getattr(runtime_settings, "client_threads", 1),
-                states,
-            )
-            for client_id, client_data in data.clients.items()
-        }
-        runtime = runtime_settings.open(sides)
-        stack.callback(runtime.close)
+        is_simulation = runtime is None
+        secret = run_secret(config, home, is_simulation=is_simulation)
+        releases = releases_for(config, method, seed, secret, is_simulation=is_simulation)
+        if runtime is None:
+            # Worker processes share clients' states through files, also where the run itself leaves none.
+            scratch = None if home else stack.enter_context(tempfile.TemporaryDirectory(prefix="fedfuse-"))
+            runtime = _open_runtime(setting, config, StateStore((home or Path(str(scratch))) / "clients"), secret)
+            stack.callback(runtime.close)
         job = WatchedJob(
             model=setting.model,
             client_models=setting.client_models,
@@ -216,18 +215,21 @@ def run_method(
             rng=Rng(derive_seed(seed, "server")),
             device=_server_device(config),
             progress=observer.server,
-            inputs=_inputs(data),
+            inputs=data.inputs,
             checkpoints=_checkpoints(folder, method, config, resolved, seed),
             picture=_Pictures(folder),
         )
-        cohort = Cohort(
+        cohort = WatchedCohort(
+            screening=Screening(job.model_of),
+            tell=observer.note,
             runtime=runtime,
             method=method,
             model_of=job.model_of,
             seed=seed,
             journal=journal,
             ledger=ledger,
-            terms=Terms(**config.federation.model_dump()),
+            releases=releases,
+            terms=Terms(**{f.name: getattr(config.federation, f.name) for f in fields(Terms)}),
             log=lambda facts: lines.append(dict(facts)),
             progress=observer.exchange,
         )
@@ -250,10 +252,30 @@ def run_method(
     return result
 
 
+def _open_runtime(setting: Setting, config: Config, states: StateStore, secret: bytes) -> Runtime:
+    """The configuration's runtime, with every client of the setting on this machine."""
+    settings = named(RUNTIMES, config.runtime.name, config.runtime.others, "runtime")
+    device = settings.client_device() if hasattr(settings, "client_device") else torch.device("cpu")
+    sides = {
+        client_id: ClientSide(
+            client_id,
+            client_data,
+            setting.client_models.get(client_id, setting.model),
+            device,
+            getattr(settings, "client_threads", 1),
+            states,
+            client_secret(secret, client_id),
+        )
+        for client_id, client_data in setting.data.clients.items()
+    }
+    runtime: Runtime = settings.open(sides)
+    return with_hostile_clients(runtime, setting.hostile, lambda client_id: sides[client_id].model)
+
+
 def _judge(
     setting: Setting,
     fused: Fused,
-    cohort: Cohort,
+    cohort: WatchedCohort,
     job: WatchedJob,
     label: str,
     resolved: Mapping[str, Any],
@@ -267,6 +289,10 @@ def _judge(
     seen = None if module is None or data.test is None else evaluate(module, data.test, device=job.device)
     counts = data.label_counts()
     clients: dict[str, dict[str, Any]] = {}
+    for client_id, known in cohort.facts.items():
+        if client_id not in data.clients:
+            # The data of a client elsewhere were never seen.
+            clients[client_id] = {"num_examples": known.num_examples}
     for row, (client_id, part) in enumerate(data.clients.items()):
         accuracy, kind = None, ""
         if client_id in fused.personal and data.test is not None:
@@ -313,10 +339,15 @@ def _judge(
         },
         "facts": dict(job.facts),
         "used_server_data": job.used_server_data,
+        "suspects": [suspect.to_json() for suspect in cohort.screening.suspects],
         "uploads": cohort.uploads,
+        "privacy": cohort.releases.guarantee(),
         "versions": versions(),
         "config": dict(resolved),
     }
+    if setting.hostile is not None:
+        models = [module] if module is not None else [own.module() for own in fused.personal.values()]
+        facts["attack"] = attack_facts(setting.hostile, models, data, job.device)
     return Result(label, accuracy, clients, totals, artifact, personal, dict(cohort.missing), facts, folder)
 
 
@@ -328,6 +359,7 @@ def _shipped(setting: Setting, fused: Fused, cohort: Cohort, label: str) -> tupl
         "class_names": list(data.class_names),
         "input_shape": list(data.input_shape),
         "uploads": cohort.uploads,
+        "privacy": cohort.releases.guarantee(),
         "fedfuse": VERSION,
     }
 
@@ -344,11 +376,6 @@ def _shipped(setting: Setting, fused: Fused, cohort: Cohort, label: str) -> tupl
 def _digest_of(personal: Mapping[str, Artifact]) -> str:
     text = json.dumps({client_id: artifact.digest() for client_id, artifact in personal.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _inputs(data: FederatedData) -> InputSpace:
-    augment = next(iter(data.clients.values())).augment if data.clients else "none"
-    return InputSpace(data.normalization.mean, data.normalization.std, data.is_pixels, augment)
 
 
 def _checkpoints(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
+
+from fedfuse.core.fixed_point import SUMS_WHERE, SumSettings
+from fedfuse.core.settings import from_json
 
 
 class _Section(pydantic.BaseModel):
@@ -98,13 +102,48 @@ class FederationSection(_Section):
 
     Args:
         quorum: fraction of the clients that must answer, in (0, 1].
-        timeout_s: most seconds that one client may take; ``None`` is no limit.
+        timeout_s: most seconds that one client may take; in a real federation the deadline of an exchange, counted
+            from when the clients are asked. ``None`` is no limit.
         max_upload_bytes: uploads above are refused.
+        clients: in a real federation, who takes part: name to public key; an empty key trusts the first one that comes
+            under this name. Nobody else is let in; where nobody is named, everybody is.
+        late: in a real federation, what becomes of an upload that comes after its exchange: ``merge`` fuses again
+            with it where the method can, ``record`` only keeps it.
+        codec: how messages are compressed on their way: ``none`` or ``zlib``.
+        secure_aggregation: add uploads up without seeing them, and how; ``{}`` takes the defaults. For methods that
+            need only a sum, on Flower. ``None`` shows the server every upload.
     """
 
     quorum: float = pydantic.Field(1.0, gt=0, le=1)
     timeout_s: pydantic.PositiveFloat | None = None
     max_upload_bytes: pydantic.PositiveInt = 4 << 30
+    clients: dict[str, str] = pydantic.Field(default_factory=dict)
+    late: Literal["merge", "record"] = "merge"
+    codec: Literal["none", "zlib"] = "none"
+    secure_aggregation: SumSettings | None = None
+
+    @pydantic.field_validator("secure_aggregation", mode="before")
+    @classmethod
+    def _sum_settings(cls, value: Any) -> Any:
+        return from_json(SumSettings, value, where=SUMS_WHERE) if isinstance(value, Mapping) else value
+
+    @pydantic.field_validator("clients", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return dict.fromkeys(value, "") if isinstance(value, list) else value
+
+
+class AttackSection(_OpenSection):
+    """``attack``: hostile clients, in a simulation.
+
+    Args:
+        name: name in the registry of attacks, with its settings beside it.
+        clients: ids of the hostile clients, or how many: the first in the order of ids. 0 is nobody: what the attack
+            would want is measured all the same.
+    """
+
+    name: str
+    clients: int | list[str] = 1
 
 
 class ServerSection(_Section):
@@ -131,6 +170,9 @@ class Config(_Section):
         runtime: what carries requests to clients.
         federation: the operator's decisions.
         server: how the server computes.
+        attack: hostile clients; ``None`` is none.
+        privacy: what becomes of uploads before they leave their clients, see ``core.release.Privacy``; ``None`` is
+            nothing.
         methods: for ``compare``: names, or tables like ``method`` with an optional ``label``.
     """
 
@@ -141,4 +183,6 @@ class Config(_Section):
     runtime: NamedSection = pydantic.Field(default_factory=lambda: NamedSection(name="local"))
     federation: FederationSection = pydantic.Field(default_factory=lambda: FederationSection.model_validate({}))
     server: ServerSection = pydantic.Field(default_factory=ServerSection)
+    attack: AttackSection | None = None
+    privacy: dict[str, Any] | None = None
     methods: list[str | dict[str, Any]] = pydantic.Field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedfuse import models
@@ -14,12 +14,23 @@ from fedfuse.core.examples import Examples
 from fedfuse.core.registry import SOURCES
 from fedfuse.core.seeding import derive_seed
 from fedfuse.core.settings import to_json
+from fedfuse.data.attacks import HostileClients
 from fedfuse.data.dataset import Dataset
 from fedfuse.data.federate import FederatedData, federate, from_clients
 from fedfuse.data.labels import LabelSetting
-from fedfuse.data.membership import with_late_client, without_clients
-from fedfuse.data.server import HeldOut, server_inputs
-from fedfuse.experiment.configuration import Config, family_of, named, partition_of, server_part_of, source_of
+from fedfuse.data.membership import own_part, with_late_client, without_clients
+from fedfuse.data.normalize import KNOWN, Normalization
+from fedfuse.data.server import HeldOut, check_server_data, server_inputs, unlabelled
+from fedfuse.data.sources.remote import Remote
+from fedfuse.experiment.configuration import (
+    Config,
+    attack_of,
+    family_of,
+    named,
+    partition_of,
+    server_part_of,
+    source_of,
+)
 from fedfuse.models.graph import user_spec
 
 
@@ -31,11 +42,17 @@ class Setting:
         data: the clients' data and the test set.
         model: the common model.
         client_models: client id to a model of its own.
+        hostile: who attacks in this simulation, and how.
     """
 
     data: FederatedData
     model: ModelSpec
     client_models: Mapping[str, ModelSpec] = field(default_factory=dict)
+    hostile: HostileClients | None = None
+
+    def without_clients(self) -> Setting:
+        """The same federation as its server sees it: with nobody's data."""
+        return replace(self, data=replace(self.data, clients={}, positions={}))
 
 
 class Loader:
@@ -77,19 +94,21 @@ class Loader:
 
     def late_datasets(self) -> dict[str, Dataset]:
         """The data of the clients that are beside the partition, by client id."""
-        found = {}
-        for client_id, table in sorted(self.config.data.late.items()):
-            where = f"data.late.{client_id}"
-            settings = dict(table)
-            name = settings.pop("source", None)
-            if not isinstance(name, str):
-                known = ", ".join(SOURCES.names())
-                raise ConfigError('the setting "source" is missing', where=f"{where}.source", fix=f"known: {known}")
-            with warnings.catch_warnings():
-                # Nothing is tested on a client's data.
-                warnings.filterwarnings("ignore", message=".*has no test part")
-                found[client_id] = named(SOURCES, name, settings, where, "source").load()
-        return found
+        late = sorted(self.config.data.late.items())
+        return {client_id: self._read(table, f"data.late.{client_id}") for client_id, table in late}
+
+    def _read(self, table: Mapping[str, Any], where: str) -> Dataset:
+        """The data set of a table with a ``source`` and its settings."""
+        settings = dict(table)
+        name = settings.pop("source", None)
+        if not isinstance(name, str):
+            known = ", ".join(SOURCES.names())
+            raise ConfigError('the setting "source" is missing', where=f"{where}.source", fix=f"known: {known}")
+        with warnings.catch_warnings():
+            # Such a set is one part, with nothing to test on.
+            warnings.filterwarnings("ignore", message=".*has no test part")
+            loaded: Dataset = named(SOURCES, name, settings, where, "source").load()
+        return loaded
 
     def setting(self, seed: int) -> Setting:
         """The federation for one seed.
@@ -101,6 +120,10 @@ class Loader:
             ConfigError: a model is given to a client that there is not.
         """
         config = self.config
+        if config.data.source == "remote":
+            if config.attack is not None:
+                raise ConfigError("attacks are for simulations", where="attack", fix="leave this section out")
+            return self._remote(seed)
         data = federate(
             self.dataset(),
             partition_of(config.data)[1],
@@ -110,10 +133,14 @@ class Loader:
             augment=config.data.augment,
             server=self.server_part(),
             server_is_labelled=config.data.server is not None and config.data.server.labelled,
-            labels=_label_setting(config),
+            labels=label_setting(config),
             resize=config.data.resize,
         )
-
+        hostile = None
+        if config.attack is not None:
+            # Chosen before anybody leaves: who is removed later makes nobody else hostile.
+            hostile = HostileClients.among(data, config.attack.name, attack_of(config.attack), config.attack.clients)
+            data = hostile.poisoned(data, seed)
         known = [*data.clients, *config.data.late]
         data = without_clients(data, config.data.without)
         for client_id, dataset in self.late_datasets().items():
@@ -123,12 +150,66 @@ class Loader:
                 dataset,
                 seed=seed,
                 validation_fraction=config.data.validation_fraction,
-                labels=_label_setting(config),
+                labels=label_setting(config),
                 resize=config.data.resize,
             )
 
+        for client_id in config.model.clients:
+            if client_id not in known:
+                fix = did_you_mean(client_id, known)
+                raise ConfigError(f'there is no client "{client_id}"', where=f"model.clients.{client_id}", fix=fix)
+        setting = self._with_models(data, sorted(set(config.model.clients) & set(data.clients)), seed)
+        return replace(setting, hostile=hostile)
+
+    def _remote(self, seed: int) -> Setting:
+        """The federation as its server sees it: nobody's data, and perhaps a test set."""
+        section = self.config.data
+        remote: Remote = source_of(section)
+        if isinstance(section.normalize, dict):
+            normalization = Normalization(*(tuple(section.normalize.get(key, ())) for key in ("mean", "std")))
+        elif section.normalize == "auto" and remote.is_pixels:
+            normalization = Normalization(*[(0.5,) * remote.input_shape[0]] * 2)
+        else:
+            normalization = KNOWN.get(section.normalize, Normalization())
+        data = FederatedData(
+            clients={},
+            test=None,
+            class_names=tuple(remote.class_names),
+            input_shape=tuple(remote.input_shape),
+            num_classes=len(remote.class_names),
+            normalization=normalization,
+            is_pixels=remote.is_pixels,
+            augment="none" if section.augment == "auto" else section.augment,
+        )
+        if remote.test is not None:
+            loaded = self._read(remote.test, "data.test")
+            test = own_part(
+                data,
+                "test",
+                loaded.limited(section.test_limit),
+                seed=seed,
+                validation_fraction=0.0,
+                labels=label_setting(self.config),
+                resize=section.resize,
+                where="data.test",
+            )
+            data = replace(data, test=test.train)
+        server = self.server_part()
+        if isinstance(server, HeldOut):
+            raise ConfigError(
+                "a part of data that stay with their owners cannot be held out",
+                where="data.server",
+                fix="give the server's data a source of its own",
+            )
+        if server is not None:
+            check_server_data(server, data.input_shape, None)
+            own = server if section.server is not None and section.server.labelled else unlabelled(server.x)
+            data = replace(data, server=Examples(normalization.apply(own.x), own.y))
+        return self._with_models(data, sorted(self.config.model.clients), seed)
+
+    def _with_models(self, data: FederatedData, owners: Sequence[str], seed: int) -> Setting:
         def spec(client_id: str = "") -> ModelSpec:
-            name, family = family_of(config.model, client_id)
+            name, family = family_of(self.config.model, client_id)
             return models.spec(
                 name,
                 to_json(family),
@@ -137,12 +218,7 @@ class Loader:
                 seed=derive_seed(seed, "model"),
             )
 
-        for client_id in config.model.clients:
-            if client_id not in known:
-                fix = did_you_mean(client_id, known)
-                raise ConfigError(f'there is no client "{client_id}"', where=f"model.clients.{client_id}", fix=fix)
-        own = sorted(set(config.model.clients) & set(data.clients))
-        return Setting(data, spec(), {client_id: spec(client_id) for client_id in own})
+        return Setting(data, spec(), {client_id: spec(client_id) for client_id in owners})
 
 
 def _read_alike(first: Config, second: Config) -> bool:
@@ -150,7 +226,12 @@ def _read_alike(first: Config, second: Config) -> bool:
     return first.data.model_copy(update={"partition": {}}) == second.data.model_copy(update={"partition": {}})
 
 
-def _label_setting(config: Config) -> LabelSetting:
+def label_setting(config: Config) -> LabelSetting:
+    """Own names of classes to common ones, as texts.
+
+    Args:
+        config: the configuration.
+    """
     return {
         str(key): {str(name): str(target) for name, target in value.items()} if isinstance(value, dict) else str(value)
         for key, value in config.data.labels.items()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.frozen import HeadOnly
@@ -45,6 +47,8 @@ class AFL(HeadOnly):
             absolute), 0 or more; ``None`` chooses it from the sums by generalised cross-validation.
         precision: of the uploaded sums; ``float32`` halves the bytes.
     """
+
+    sums: ClassVar[Mapping[str, Mapping[str, str]]] = {"gram": dict.fromkeys(GRAM_UPLOADS, "")}
 
     ridge: float | None = None
     precision: Literal["float64", "float32"] = "float64"

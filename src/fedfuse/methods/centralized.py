@@ -8,8 +8,9 @@ import torch
 
 from fedfuse.core.artifact import Artifact, detached_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.examples import Examples
+from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.method import Fused, Job, Method, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.training import LocalSGD, train

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from fedfuse.core.artifact import Artifact, ModelSpec, detached_state, load_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Expectation
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import Expectation
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.core.seeding import Rng

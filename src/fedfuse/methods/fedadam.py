@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedfuse.core.artifact import Artifact
 from fedfuse.core.cohort import Cohort
@@ -10,7 +12,7 @@ from fedfuse.core.errors import ConfigError
 from fedfuse.core.method import Fused, Job, register_method
 from fedfuse.methods.fedavg import check_homogeneous
 from fedfuse.methods.rounds import AdaptiveServer, Rounds, first_weights, parameter_names
-from fedfuse.methods.tasks import example_weights
+from fedfuse.methods.tasks import MODEL_SUMS, example_weights
 from fedfuse.ops.adaptive import Adaptive, AdaptiveStep
 from fedfuse.rules import fuse_uploads
 from fedfuse.rules.mean import Mean
@@ -38,6 +40,8 @@ class FedAdam(Rounds):
         second_decay: beta_2 in the paper, in [0, 1); adagrad has none.
         adaptivity: tau in the paper, above 0; the larger, the less adaptive.
     """
+
+    sums: ClassVar[Mapping[str, Mapping[str, str]]] = {"train_local": MODEL_SUMS}
 
     optimizer: Adaptive = "adam"
     server_learning_rate: float = 0.03

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from fedfuse.core.cohort import Cohort, Replies
 from fedfuse.core.errors import ConfigError
 from fedfuse.core.method import Fused, Job, Task, register_method
 from fedfuse.core.payload import Payload
-from fedfuse.methods.tasks import LocalTraining, example_weights, model_expectation
+from fedfuse.methods.tasks import MODEL_SUMS, LocalTraining, example_weights, model_expectation
 from fedfuse.rules import fuse_uploads
 from fedfuse.rules.mean import Mean
 
@@ -34,6 +35,7 @@ class FedAvg(LocalTraining):
     """
 
     takes_heterogeneous: ClassVar[bool] = False
+    sums: ClassVar[Mapping[str, Mapping[str, str]]] = {"train_local": MODEL_SUMS}
 
     num_rounds: int = 1
 

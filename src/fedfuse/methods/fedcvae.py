@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fedfuse.core.artifact import Artifact, ModelSpec, detached_state, load_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Expectation, Replies, TensorSpec
+from fedfuse.core.cohort import Cohort, Replies
 from fedfuse.core.errors import ConfigError, DataError
 from fedfuse.core.examples import Examples, InputSpace
+from fedfuse.core.expecting import Expectation, TensorSpec
 from fedfuse.core.method import Fused, Job, Method, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.core.seeding import Rng

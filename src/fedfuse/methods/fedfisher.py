@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fedfuse.core.artifact import Artifact, load_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Expectation, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import Expectation, TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.fedavg import check_homogeneous

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Expectation, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError, DataError
+from fedfuse.core.expecting import Expectation, TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.core.seeding import Rng, derive_seed
@@ -23,6 +24,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+_MAX_DRAWS = 10_000_000
+"""More examples than this nobody has who uploads statistics of small features."""
+
 _MIXTURE_UPLOADS = {
     "mixtures/counts": "examples per class",
     "mixtures/weights": "share of each component of a class's mixture",
@@ -117,7 +121,9 @@ class FedPFT(HeadOnly):
         features: list[Tensor] = []
         labels: list[Tensor] = []
         for client_id in replies:
-            x, y = self._draws(replies[client_id], job.rng.child("draws", client_id))
+            upload = replies[client_id]
+            _check_draws(client_id, upload)
+            x, y = self._draws(upload, job.rng.child("draws", client_id))
             features.append(x)
             labels.append(y)
         head = trained_head(torch.cat(features), torch.cat(labels), num_classes, self.head_training, job)
@@ -135,6 +141,19 @@ class FedPFT(HeadOnly):
             features.append(draw_mixture(mixture, num_draws, self.covariance, rng.torch(c)))
             labels.append(torch.full((num_draws,), c, dtype=torch.int64))
         return torch.cat(features), torch.cat(labels)
+
+
+def _check_draws(client_id: str, upload: Payload) -> None:
+    """Refuse what nobody can draw from, or only with all of the server's memory."""
+    counts, weights = upload.tensor("mixtures/counts"), upload.tensor("mixtures/weights")
+    present = weights[counts > 0]
+    reason = ""
+    if bool((counts < 0).any()) or int(counts.sum()) > _MAX_DRAWS:
+        reason = f"it claims {int(counts.min()):,} to {int(counts.max()):,} examples of a class"
+    elif bool((present < 0).any()) or not bool((present.sum(1) > 0).all()):
+        reason = "shares of its mixtures are negative or zero"
+    if reason:
+        raise DataError(reason, where=f"client {client_id}", fix="leave this client out")
 
 
 def empty_mixtures(num_classes: int, num_mixtures: int, d: int, covariance: CovarianceKind) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from fedfuse.core.errors import ConfigError
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.fedavg import FedAvg
-from fedfuse.methods.tasks import MODEL_UPLOADS, trained_upload
+from fedfuse.methods.tasks import MODEL_SUMS, MODEL_UPLOADS, trained_upload
 
 
 @register_method("fedprox", paper="https://arxiv.org/abs/1812.06127", reference="Li et al., MLSys 2020")
@@ -34,6 +36,8 @@ class FedProx(FedAvg):
         num_rounds: rounds of averaging, at least 1.
         proximal_weight: mu in the paper, 0 or more; 0 is FedAvg.
     """
+
+    sums: ClassVar[Mapping[str, Mapping[str, str]]] = {"train_proximal": MODEL_SUMS}
 
     proximal_weight: float = 0.01
 

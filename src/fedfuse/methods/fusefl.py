@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fedfuse.core.artifact import Artifact, ModelSpec, build, detached_state, load_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Expectation
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError, ModelError
 from fedfuse.core.examples import Examples
+from fedfuse.core.expecting import Expectation
 from fedfuse.core.method import Fused, Job, Method, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.heads import Head

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedfuse.core.artifact import Artifact, load_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Replies, TensorSpec
+from fedfuse.core.cohort import Cohort, Replies
 from fedfuse.core.errors import DataError
+from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.fedavg import check_homogeneous

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.proxies import ProxyEnsemble, serve

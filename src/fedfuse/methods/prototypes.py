@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Expectation, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import Expectation, TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.frozen import HeadOnly
@@ -39,6 +41,11 @@ class Prototypes(HeadOnly):
             the class.
         variance_floor: of naive Bayes: part of the largest variance of a feature that is added to all, above 0.
     """
+
+    sums: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        # Squared deviations are from each client's own means: those of naive Bayes do not add up.
+        "prototypes": {"prototypes/counts": "", "prototypes/means": "prototypes/counts"}
+    }
 
     kind: PrototypeKind = "euclidean"
     variance_floor: float = 1e-3

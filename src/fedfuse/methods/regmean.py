@@ -10,8 +10,9 @@ import torch
 
 from fedfuse.core.artifact import Artifact, load_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload, Value
 from fedfuse.methods.fedavg import check_homogeneous

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fedfuse.core.artifact import ModelSpec, detached_state
-from fedfuse.core.cohort import Cohort, Expectation, Replies
+from fedfuse.core.cohort import Cohort, Replies
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import Expectation
 from fedfuse.core.method import Job, Task
 from fedfuse.core.payload import Payload
 from fedfuse.methods.fedavg import FedAvg

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fedfuse.core.artifact import Artifact, ModelSpec, detached_state, load_state
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, Expectation, Replies, TensorSpec
+from fedfuse.core.cohort import Cohort, Replies
 from fedfuse.core.errors import DataError
+from fedfuse.core.expecting import Expectation, TensorSpec
 from fedfuse.core.method import Job, Method, client_task
 from fedfuse.core.payload import Payload
 from fedfuse.ops.moments import Moments, class_moments, pack_symmetric, unpack_symmetric
@@ -25,6 +26,9 @@ MODEL_UPLOADS = {
     "label_counts": "number of training examples per class",
     "curve/*": "training loss and validation scores per epoch",
 }
+MODEL_SUMS = {"model/*": "num_examples", "num_examples": "", "label_counts": ""}
+"""What a server that only averages models needs of :data:`MODEL_UPLOADS`."""
+
 MOMENT_UPLOADS = {
     "moments/counts": "examples per class",
     "moments/means": "mean feature vector per class",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fedfuse.core.client import Client
-from fedfuse.core.cohort import Cohort, TensorSpec
+from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.proxies import ProxyEnsemble, proxy_logits, serve, with_proxies

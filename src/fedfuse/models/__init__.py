@@ -12,6 +12,7 @@ from fedfuse.models import mixture as mixture
 from fedfuse.models import mlp as mlp
 from fedfuse.models import normalized as normalized
 from fedfuse.models import prototypes as prototypes
+from fedfuse.models import python_file as python_file
 from fedfuse.models import random_features as random_features
 from fedfuse.models import resnet as resnet
 from fedfuse.models import timm as timm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -26,6 +26,21 @@ class Family(Protocol):
         Args:
             input_shape: shape of one input.
             num_classes: number of outputs.
+        """
+        ...
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """A family whose models are not rebuilt from its settings but described by their operations."""
+
+    def spec(self, input_shape: tuple[int, ...], num_classes: int, seed: int) -> ModelSpec:
+        """The specification of a classifier.
+
+        Args:
+            input_shape: shape of one input.
+            num_classes: number of outputs.
+            seed: first weights are drawn from it.
         """
         ...
 
@@ -56,10 +71,13 @@ def spec(
         num_classes: number of outputs.
         seed: first weights are drawn from it.
     """
+    chosen = family(name, settings)
+    if isinstance(chosen, Describing):
+        return chosen.spec(tuple(input_shape), num_classes, seed)
     recipe = {
         "kind": "model",
         "family": name,
-        "settings": to_json(family(name, settings)),
+        "settings": to_json(chosen),
         "input_shape": list(input_shape),
         "num_classes": num_classes,
     }

@@ -3,3 +3,4 @@
 from fedfuse.runtimes import local as local
 from fedfuse.runtimes import replay as replay
 from fedfuse.runtimes import selected as selected
+from fedfuse.runtimes.flower import simulation as simulation

@@ -88,7 +88,7 @@ class ReplayRuntime:
             else:
                 upload = entry.path.read_bytes() if entry.path else entry.data
                 seconds, peak = float(entry.facts["seconds"]), int(entry.facts["peak_rss_bytes"])
-                yield Reply(request.client_id, upload=upload, seconds=seconds, peak_rss_bytes=peak)
+                yield Reply(request.client_id, upload, seconds=seconds, peak_rss_bytes=peak, answer_key=entry.key)
 
     def close(self) -> None:
         """Let the other journal go."""

@@ -17,6 +17,7 @@ from fedfuse.core.examples import Examples
 from fedfuse.core.seeding import Rng
 from fedfuse.data.augment import augment_batch
 from fedfuse.training.evaluation import evaluate
+from fedfuse.training.private_sgd import PrivateTraining, check_trains_privately, train_privately
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class LocalSGD:
         precision: ``fp32``, or ``bf16`` (mixed: parameters stay fp32).
         channels_last: memory format of images; faster for convolutions.
         compile: use ``torch.compile``; pays for large models only.
+        privacy: train by DP-SGD; ``None`` trains plainly.
     """
 
     num_epochs: int = 20
@@ -50,6 +52,7 @@ class LocalSGD:
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
     compile: bool = False
+    privacy: PrivateTraining | None = None
 
     def __post_init__(self) -> None:
         limits = {
@@ -126,7 +129,7 @@ def train(
 
     Returns:
         Curves, one value per epoch: ``train_loss`` and, with a validation part, ``validation_loss`` and
-        ``validation_accuracy``.
+        ``validation_accuracy``; in private training only ``epsilon``.
 
     Raises:
         DataError: there is nothing to train on, or the loss is no longer finite.
@@ -134,6 +137,19 @@ def train(
     if len(examples) == 0:
         raise DataError("there are no examples to train on", fix="give every client at least one training example")
     total = settings.num_epochs if num_epochs is None else num_epochs
+    if settings.privacy is not None:
+        check_trains_privately(settings, has_own_loss=loss is not None)
+        return train_privately(
+            module,
+            examples,
+            settings,
+            step_rates(settings, len(examples), total),
+            rng=rng,
+            device=device,
+            num_epochs=total,
+            augment=augment,
+            progress=progress,
+        )
     objective = loss or _cross_entropy
     layout = torch.channels_last if settings.channels_last and examples.x.ndim == 4 else torch.contiguous_format
     module.to(device=device)

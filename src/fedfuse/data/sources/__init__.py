@@ -6,5 +6,6 @@ from fedfuse.data.sources.huggingface import HuggingFace
 from fedfuse.data.sources.image_folder import ImageFolder
 from fedfuse.data.sources.npz import Npz
 from fedfuse.data.sources.parquet import Parquet
+from fedfuse.data.sources.remote import Remote
 
-__all__ = ["Csv", "Digits", "HuggingFace", "ImageFolder", "Npz", "Parquet"]
+__all__ = ["Csv", "Digits", "HuggingFace", "ImageFolder", "Npz", "Parquet", "Remote"]
