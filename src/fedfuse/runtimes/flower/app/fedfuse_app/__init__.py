@@ -1,0 +1,1 @@
+"""A federation of fedfuse as a Flower app."""
