@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedfuse.report.reading import parse_board, parse_run
-from fedfuse.report.wording import board_headline, leader, method_title, run_headline
+from fedfuse.report.wording import board_headline, leader, method_title, privacy_facts, privacy_lines, run_headline
 
 Row = Callable[..., dict[str, Any]]
 
@@ -98,3 +98,20 @@ def test_run_of_clients_on_their_own() -> None:
 def test_labels_keep_their_settings() -> None:
     assert method_title("co_boosting[epochs=3]") == "Co-Boosting[epochs=3]"
     assert method_title("somebody's") == "somebody's"
+
+
+def test_the_numbers_of_a_guarantee_are_readable() -> None:
+    guarantee = {"mechanism": "local", "epsilon": 2.0 / 3, "delta": 1e-5, "noise": "secret", "lines": ["Kept."]}
+    run = parse_run({"privacy": guarantee})
+    assert privacy_lines(run) == ["Kept."]
+    assert privacy_facts(run) == [
+        ("mechanism", "local"),
+        ("epsilon", "0.666667"),
+        ("delta", "1e-05"),
+        ("the noise comes from", "a secret"),
+    ]
+    # Nothing was asked for, or the file is odd.
+    for odd in ({}, {"privacy": None}, {"privacy": {"lines": "x"}}):
+        assert privacy_lines(parse_run(odd)) == []
+    # Spent without a bound.
+    assert privacy_facts(parse_run({"privacy": {"epsilon": None}})) == []

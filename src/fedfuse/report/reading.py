@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.core.errors import ConfigError
+from fedfuse.report.suspects import SuspectRow, read_suspects
 from fedfuse.report.units import natural_key, number
 
 COSTS = (
@@ -105,6 +106,9 @@ class Run:
         curves: learning curves in order of asking.
         exchanges: what crossed, in order of asking.
         pictures: name to a file of images that the method made.
+        privacy: the guarantee and its words; empty where none was asked for.
+        suspects: uploads that look wrong, in order of asking.
+        attack: who attacked in this simulation, and how far they came; empty where nobody did.
     """
 
     method: str
@@ -123,6 +127,9 @@ class Run:
     curves: tuple[Curve, ...] = ()
     exchanges: tuple[ExchangeRow, ...] = ()
     pictures: Mapping[str, Path] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    suspects: tuple[SuspectRow, ...] = ()
+    attack: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def personal(self) -> bool:
@@ -149,6 +156,7 @@ class BoardRow:
         takes_heterogeneous: whether clients may own models of different architectures; ``None`` where nobody knows.
         used_server_data: whether it looked at data of the server's own in these runs; ``None`` where nobody knows.
         varied: the settings that differ from row to row, with this row's values.
+        attack_success: share of test examples that get the label that attackers want; ``None`` where there is none.
     """
 
     method: str
@@ -163,6 +171,7 @@ class BoardRow:
     takes_heterogeneous: bool | None = None
     used_server_data: bool | None = None
     varied: Mapping[str, Any] = field(default_factory=dict)
+    attack_success: float | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +272,9 @@ def parse_run(
         versions=_table(result.get("versions")),
         curves=_curves(metrics),
         exchanges=_exchanges(ledger or {}),
+        privacy=_table(result.get("privacy")),
+        suspects=tuple(read_suspects(result)),
+        attack=_table(result.get("attack")),
     )
 
 
@@ -362,6 +374,7 @@ def _board_row(table: Mapping[str, Any]) -> BoardRow:
         takes_heterogeneous=_truth(table.get("takes_heterogeneous")),
         used_server_data=_truth(table.get("used_server_data")),
         varied=_table(table.get("varied")),
+        attack_success=number(table.get("attack_success_mean")),
     )
 
 

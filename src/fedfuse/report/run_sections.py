@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedfuse.report import plots
-from fedfuse.report.layout import Gallery, Section, SortableTable
+from fedfuse.report.layout import Cell, Gallery, Row, Section, SortableTable
 from fedfuse.report.plots.curves import shown_exchanges
 from fedfuse.report.reading import Run
 from fedfuse.report.shared_sections import (
@@ -21,10 +21,11 @@ from fedfuse.report.shared_sections import (
     made_pictures,
     origin_sections,
 )
-from fedfuse.report.units import DASH, format_bytes, format_count, format_seconds, number
-from fedfuse.report.wording import score
+from fedfuse.report.units import DASH, format_bytes, format_count, format_percent, format_seconds, number
+from fedfuse.report.wording import privacy_facts, privacy_lines, score
 
 MOST_EXCHANGES = 20
+MOST_SUSPECTS = 100
 
 
 def run_tiles(run: Run) -> list[tuple[str, str]]:
@@ -38,6 +39,7 @@ def run_tiles(run: Run) -> list[tuple[str, str]]:
     costs = run.costs
     tiles = [
         ("mean accuracy" if run.personal else "test accuracy", score(run.accuracy)),
+        ("attack success", format_percent(number(run.attack.get("success")))),
         ("client upload", format_bytes(costs.get("upload_bytes"))),
         ("exchanges", format_count(costs.get("exchanges"))),
         ("clients", f"{answered} of {len(known)}" if run.missing else str(len(known)) if known else DASH),
@@ -58,6 +60,7 @@ def run_sections(run: Run, gallery: Gallery) -> list[Section]:
     if run.clients or run.missing:
         picture = client_picture(run, gallery, "clients")
         sections.append(Section("clients", "Client by client", client_words(run), [picture]))
+    sections += [_suspects(run), _attack(run)]
     if run.confusion:
         text = "A row is a class, its cells say how its test examples were named: the diagonal is right."
         picture = confusion_picture(run, gallery, "confusion")
@@ -75,9 +78,31 @@ def run_sections(run: Run, gallery: Gallery) -> list[Section]:
     if costs:
         sections.append(Section("costs", "What it cost", "Bytes are encoded sizes, as sent.", facts=costs))
     sections.append(_left(run, gallery))
+    sections.append(_private(run))
     if run.facts:
         sections.append(Section("facts", "What the method reports", facts=facts_of(run.facts)))
     return [section for section in [*sections, *origin_sections(run.config, run.versions, "")] if section is not None]
+
+
+def _suspects(run: Run) -> Section | None:
+    if not run.suspects:
+        return None
+    shown = run.suspects[:MOST_SUSPECTS]
+    rows = [Row([Cell(row.client), Cell(row.exchange), Cell(row.reason)]) for row in shown]
+    text = (
+        "Nobody was left out because of it: an honest client may be odd, and a careful attacker looks like everybody."
+    )
+    if len(shown) < len(run.suspects):
+        text += f" These are the first {len(shown)} of {len(run.suspects)}."
+    table = SortableTable(("client", "exchange", "what looks wrong"), rows)
+    return Section("suspects", "Uploads that look wrong", text, table=table)
+
+
+def _attack(run: Run) -> Section | None:
+    if not run.attack:
+        return None
+    text = "Hostile clients of this simulation. Success is the share of test examples that get the label they want."
+    return Section("attack", "Who attacked", text, facts=facts_of(run.attack))
 
 
 def _cost_facts(run: Run) -> list[tuple[str, str]]:
@@ -109,6 +134,13 @@ def _left(run: Run, gallery: Gallery) -> Section | None:
     text = journal_words([run]) + _drawn([row.name for row in run.exchanges])
     table = SortableTable(EXCHANGE_COLUMNS, exchange_rows(run, MOST_EXCHANGES))
     return Section("left", "What left the clients", text, pictures, table)
+
+
+def _private(run: Run) -> Section | None:
+    lines = privacy_lines(run)
+    if not lines:
+        return None
+    return Section("privacy", "What was kept private", " ".join(lines), facts=privacy_facts(run))
 
 
 def _drawn(exchanges: Sequence[str]) -> str:

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.report.reading import BoardRow, parse_board, parse_run
+from fedfuse.report.suspects import suspect_lines
 from fedfuse.report.units import format_bytes as format_bytes
-from fedfuse.report.units import format_count, format_percent, in_words
+from fedfuse.report.units import format_count, format_percent, in_words, number
 from fedfuse.report.units import format_seconds as format_seconds
-from fedfuse.report.wording import leader, score
+from fedfuse.report.wording import leader, privacy_lines, score
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 COLUMNS = ("method", "accuracy", "upload", "download", "exchanges", "storage", "client time", "server time")
+ATTACK_COLUMN = "attack success"
 WIDE_COLUMNS = 110
 
 
@@ -36,6 +38,9 @@ def print_result(result: Mapping[str, Any], console: Console | None = None) -> N
     facts.add_column(justify="right")
     # The accuracy is that of one model on the test set, or the mean over the clients' own models.
     facts.add_row("mean accuracy" if run.personal else "accuracy", f"[bold]{score(run.accuracy)}[/bold]")
+    success = number(run.attack.get("success"))
+    if success is not None:
+        facts.add_row(ATTACK_COLUMN, format_percent(success))
     facts.add_row("upload per client", format_bytes(run.costs.get("upload_bytes")))
     facts.add_row("download per client", format_bytes(run.costs.get("download_bytes")))
     facts.add_row("exchanges", format_count(run.costs.get("exchanges")))
@@ -54,8 +59,12 @@ def print_result(result: Mapping[str, Any], console: Console | None = None) -> N
             table.add_row(escape(client.name), format_count(client.num_examples), format_percent(client.accuracy))
         console.print()
         console.print(table)
+    for line in privacy_lines(run):
+        console.print(escape(line), highlight=False)
     for client_id, reason in run.missing.items():
         console.print(f"[yellow]{escape(client_id)} gave no answer: {escape(reason)}[/yellow]")
+    for line in suspect_lines(run.suspects):
+        console.print(f"[yellow]{escape(line)}[/yellow]")
 
 
 def print_board(board: Mapping[str, Any], console: Console | None = None) -> None:
@@ -84,6 +93,9 @@ def _print_setting(rows: Sequence[BoardRow], console: Console) -> None:
     table.add_column(COLUMNS[0], overflow="fold")
     for name in (*COLUMNS[1:-2], "time") if narrow else COLUMNS[1:]:
         table.add_column(name, justify="right", no_wrap=True)
+    attacked = any(row.attack_success is not None for row in rows)
+    if attacked:
+        table.add_column(ATTACK_COLUMN, justify="right")
     best = leader(rows)
     for row in rows:
         cells = [escape(cell) for cell in board_cells(row)]
@@ -92,7 +104,7 @@ def _print_setting(rows: Sequence[BoardRow], console: Console) -> None:
             cells[-2:] = [format_seconds(sum(clocks) if clocks else None)]
         if row is best:
             cells[1] = f"[bold]{cells[1]}[/bold]"
-        table.add_row(*cells)
+        table.add_row(*cells, *([format_percent(row.attack_success)] if attacked else []))
     console.print(table)
 
 
@@ -121,11 +133,15 @@ def board_markdown(board: Mapping[str, Any]) -> str:
 
 def _setting_markdown(rows: Sequence[BoardRow]) -> str:
     best = leader(rows)
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|:---|{'---:|' * (len(COLUMNS) - 1)}"]
+    attacked = any(row.attack_success is not None for row in rows)
+    columns = (*COLUMNS, ATTACK_COLUMN) if attacked else COLUMNS
+    lines = [f"| {' | '.join(columns)} |", f"|:---|{'---:|' * (len(columns) - 1)}"]
     for row in rows:
         cells = [_escaped(cell) for cell in board_cells(row)]
         if row is best:
             cells[1] = f"**{cells[1]}**"
+        if attacked:
+            cells.append(format_percent(row.attack_success))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -11,7 +11,7 @@ from fedfuse.report.advice import SOURCE, advise, typical_constraints
 from fedfuse.report.layout import Cell, Gallery, Row, Section, SortableTable, cell
 from fedfuse.report.reading import Board, BoardRow
 from fedfuse.report.shared_sections import origin_sections
-from fedfuse.report.units import format_bytes, format_seconds, in_words, number, shorten
+from fedfuse.report.units import format_bytes, format_percent, format_seconds, in_words, number, shorten
 from fedfuse.report.wording import leader, method_title, score
 
 
@@ -92,6 +92,7 @@ def varied_sections(board: Board, folder: Path, gallery: Gallery) -> list[Sectio
 
 def _table(board: Board, folder: Path) -> Section:
     best = {id(leader(part.rows)) for _, part in board.settings}
+    attacked = any(row.attack_success is not None for row in board.rows)
     rows = []
     for row in board.rows:
         values = [row.varied.get(key) for key in board.varied]
@@ -105,13 +106,15 @@ def _table(board: Board, folder: Path) -> Section:
                 score(row.accuracy, row.spread if row.num_seeds > 1 else None),
                 "" if row.accuracy is None else repr(row.accuracy),
             ),
+            *([cell(row.attack_success, format_percent)] if attacked else []),
             cell(row.costs.get("upload_bytes"), format_bytes),
             cell(row.costs.get("client_seconds"), format_seconds),
             cell(row.costs.get("server_seconds"), format_seconds),
         ]
         rows.append(Row(cells, id(row) in best, _link(row, folder)))
     names = [key.rpartition(".")[2] for key in board.varied]
-    columns = ("method", *names, "accuracy", "upload", "client time", "server time")
+    attack = ("attack success",) if attacked else ()
+    columns = ("method", *names, "accuracy", *attack, "upload", "client time", "server time")
     text = "The best of each setting stands out. A click on a heading sorts; a name leads to the setting's own page."
     return Section("settings", "All methods on all settings", text, table=SortableTable(columns, rows))
 

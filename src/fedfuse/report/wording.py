@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from fedfuse.report.reading import Board, BoardRow, Run
+from fedfuse.report.suspects import suspect_sentences
 from fedfuse.report.units import DASH, format_bytes, format_count, format_percent
 
 UPPER_BOUND = frozenset({"centralized"})
@@ -104,6 +105,40 @@ def score(accuracy: float | None, spread: float | None = None) -> str:
     return format_percent(accuracy) if spread is None else f"{100 * accuracy:.1f} ± {100 * spread:.1f} %"
 
 
+def privacy_lines(run: Run) -> list[str]:
+    """What was guaranteed of the uploads' privacy and what not, as sentences; none where it was not asked for.
+
+    Args:
+        run: the run.
+    """
+    lines = run.privacy.get("lines")
+    return [str(line) for line in lines] if isinstance(lines, list) else []
+
+
+def privacy_facts(run: Run) -> list[tuple[str, str]]:
+    """The numbers behind the words.
+
+    Args:
+        run: the run.
+    """
+    names = {
+        "mechanism": "mechanism",
+        "epsilon": "epsilon",
+        "delta": "delta",
+        "noise_multiplier": "noise multiplier",
+        "clip_norm": "clip norm",
+        "num_releases": "releases of each client",
+        "noise": "the noise comes from",
+    }
+    words = {"seeded": "the run's seed", "secret": "a secret"}
+    shown = [(name, run.privacy.get(key)) for key, name in names.items()]
+    return [
+        (name, f"{value:.6g}" if isinstance(value, float) else words.get(str(value), str(value)))
+        for name, value in shown
+        if value is not None
+    ]
+
+
 def run_headline(run: Run) -> list[str]:
     """The result of a run in plain words.
 
@@ -128,7 +163,7 @@ def run_headline(run: Run) -> list[str]:
     known = len({client.name for client in run.clients} | set(run.missing))
     if run.missing:
         sentences.append(f"{len(run.missing)} of {known} clients gave no answer.")
-    return sentences
+    return [*sentences, *suspect_sentences(run.suspects)]
 
 
 def board_headline(board: Board) -> list[str]:
