@@ -41,10 +41,10 @@ demo: $(VENV)/.installed ## compare four methods on handwritten digits and write
 	@echo "The report: $(DEMO_OUT)/report.html"
 
 test: $(VENV)/.installed-dev ## the fast tests and the doctests
-	@$(BIN)/pytest -n $(NUM_PROCESSES) -q -m "not slow"
+	@$(BIN)/pytest -n $(NUM_PROCESSES) --dist loadgroup -q -m "not slow"
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer
-	@$(BIN)/pytest -n $(NUM_PROCESSES) -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there are none
+	@$(BIN)/pytest -n $(NUM_PROCESSES) --dist loadgroup -q -m slow --durations=10 || [ $$? -eq 5 ] # 5: there are none
 
 lint: $(VENV)/.installed-dev ## style, docstrings, import law
 	@$(BIN)/ruff check

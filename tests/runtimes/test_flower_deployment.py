@@ -26,7 +26,11 @@ from fedfuse.runtimes.flower.hosting import HostedRun, SuperLink
 from fedfuse.runtimes.flower.processes import free_port
 from fedfuse.runtimes.flower.trust import check_server_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("deployment"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 NAMES = [f"client_{i}" for i in range(5)]
 METHODS: dict[str, dict[str, Any]] = {

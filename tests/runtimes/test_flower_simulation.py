@@ -39,6 +39,9 @@ from fedfuse.runtimes.flower.spool import Spool, find_method, module_of
 pytest.importorskip("flwr")
 pytest.importorskip("ray")
 
+# One process runs all of them: the engine takes seconds to start.
+pytestmark = pytest.mark.xdist_group("ray")
+
 LOCAL = {"num_epochs": 4, "batch_size": 32}
 METHOD_SECTIONS = {
     "fusefl": {"name": "fusefl", "num_blocks": 4, "local": LOCAL},

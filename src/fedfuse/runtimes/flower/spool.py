@@ -15,7 +15,6 @@ from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import ClientSide, StateStore
 from fedfuse.core.errors import ConfigError, FedfuseError
 from fedfuse.core.examples import ClientData, Examples
-from fedfuse.core.files import write_atomically
 from fedfuse.core.payload import Payload
 from fedfuse.core.registry import METHODS, RECIPES, Registry
 
@@ -54,7 +53,9 @@ class Spool:
         Raises:
             ConfigError: a model cannot be described by files.
         """
-        (self.folder / "tried").mkdir(parents=True, exist_ok=True)
+        # Nothing here outlives the run, so nothing needs to survive a crash.
+        for name in ("tried", "clients", "models"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         for side in sides:
             data, states = side.data, side.states.folder or self.folder / "states"
             payload = Payload(
@@ -73,7 +74,7 @@ class Spool:
                     "release": json.dumps(None if side.release is None else dict(side.release)),
                 }
             )
-            write_atomically(self._client(side.id), payload.encode(), syncs_folder=False)
+            self._client(side.id).write_bytes(payload.encode())
 
     def side(self, client_id: str) -> ClientSide:
         """Open one client's machine.
@@ -132,7 +133,7 @@ class Spool:
                     "num_classes": spec.num_classes,
                 }
             )
-            write_atomically(path, facts.put_group("initial", spec.initial).encode(), syncs_folder=False)
+            path.write_bytes(facts.put_group("initial", spec.initial).encode())
         return spec.digest
 
 
