@@ -273,7 +273,11 @@ def test_unfinished_files_of_a_crash_are_not_looked_at(whole: Path, tmp_path: Pa
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / ".abc.safetensors.x1.part").write_bytes(b"half")
     (tmp_path / "journal" / f"{'0' * 40}.safetensors").write_bytes(b"an upload whose facts were never written")
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / ".model.safetensors.x2.part").write_bytes(b"half")
     assert fedfuse.run(SMALL, out=tmp_path).facts["artifact"]["digest"] == digest(whole)
+    # Each crash would leave another one, as large as an upload or a model.
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:

@@ -758,3 +758,11 @@ def test_an_answer_that_got_lost_on_its_way_is_asked_for_again(
     # Asked several times, worked on once.
     assert sorted(WORKED) == [(name, "first") for name in found.ids]
     assert sum(message.metadata.message_type == TASK for message in found.grid.sent) >= 3 + num_lost
+
+
+def test_a_greeting_that_got_lost_on_its_way_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfuse.runtimes.flower.enrolment._PATIENCE_S", 0.2)
+    monkeypatch.setattr("fedfuse.runtimes.flower.enrolment._PAUSE_S", 0.1)
+    found = Federation(tmp_path)
+    found.grid.faults.append(on(ENROL, found.node_ids["b"], lambda question, reply: [], times=2))
+    assert list(found.server().clients()) == found.ids

@@ -28,6 +28,7 @@ from fedfuse.runtimes.members import Member, Members, TurnedAway
 
 _MAX_CARD_BYTES = 1 << 20
 _PAUSE_S = 1.0
+_PATIENCE_S = 60.0
 
 
 class Enrolment:
@@ -95,7 +96,9 @@ class Enrolment:
             return
         asked, now = self._post.waits_for(ENROL), time.monotonic()
         for node_id in new:
-            if node_id not in asked and now >= self._greet_at_s.get(node_id, 0.0):
+            next_at_s = self._greet_at_s.get(node_id, 0.0)
+            # A greeting that a cut network has swallowed is sent again; whichever card comes first counts.
+            if now >= (next_at_s if node_id not in asked else next_at_s + _PATIENCE_S):
                 nonce = secrets.token_hex(16)
                 about = (nonce, nodes[node_id])
                 self._post.send(ENROL, node_id, with_header(self._agreement, {"nonce": nonce}), about)
