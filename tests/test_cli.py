@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import torch
 import yaml
 
 import fedfuse
+import fedfuse.cli
 from fedfuse.core import registry
 
 # Of typer's import of click, where warnings are errors.
@@ -136,7 +138,7 @@ def test_words_that_make_no_command(cli: Callable[..., Done], words: list[str]) 
 # --- list
 
 
-@pytest.mark.parametrize("kind", ["methods", "partitions", "models", "sources", "runtimes", "rules"])
+@pytest.mark.parametrize("kind", ["methods", "partitions", "models", "sources", "runtimes", "rules", "attacks"])
 def test_list_prints_a_name_and_a_line_each(cli: Callable[..., Done], kind: str) -> None:
     done = cli("list", kind)
     assert done.code == 0
@@ -152,7 +154,16 @@ def test_list_prints_a_name_and_a_line_each(cli: Callable[..., Done], kind: str)
 def test_list_alone_prints_all_kinds(cli: Callable[..., Done]) -> None:
     done = cli("list")
     heads = [line for line in done.out.splitlines() if not line.startswith(" ")]
-    assert heads == ["methods:", "partitions:", "models:", "sources:", "runtimes:", "rules:"]
+    assert heads == [
+        "methods:",
+        "partitions:",
+        "models:",
+        "sources:",
+        "runtimes:",
+        "rules:",
+        "adapter-rules:",
+        "attacks:",
+    ]
 
 
 def test_a_kind_that_there_is_not(cli: Callable[..., Done]) -> None:
@@ -161,7 +172,8 @@ def test_a_kind_that_there_is_not(cli: Callable[..., Done]) -> None:
         "",
         'error: there is no list of "method"\n'
         "  where: fedfuse list\n"
-        '  fix:   did you mean "methods"? known: methods, models, partitions, rules, runtimes, sources\n',
+        '  fix:   did you mean "methods"? known: adapter-rules, attacks, methods, models, '
+        "partitions, rules, runtimes, sources\n",
     )
 
 
@@ -174,7 +186,11 @@ def test_a_dry_run_prints_every_default_and_runs_nothing(cli: Callable[..., Done
     table = yaml.safe_load(done.out)
     assert (table["seed"], table["method"]["num_blocks"]) == (5, 1)
     assert table["method"]["adaptor"] == "conv1x1"
-    assert table["federation"] == {"quorum": 1.0, "timeout_s": None, "max_upload_bytes": 4 << 30}
+    assert {key: table["federation"][key] for key in ("quorum", "timeout_s", "max_upload_bytes")} == {
+        "quorum": 1.0,
+        "timeout_s": None,
+        "max_upload_bytes": 4 << 30,
+    }
     (here / "whole.yaml").write_text(done.out, encoding="utf-8")
     assert cli("run", "whole.yaml", "--dry-run").out == done.out
     assert sorted(path.name for path in here.iterdir()) == ["c.yaml", "whole.yaml"]
@@ -383,3 +399,73 @@ def test_doctor_finds_this_installation_sound(here: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "BAD" not in done.stdout
     assert "ok   small run: twice the same model, digest " in done.stdout
+
+
+def test_a_federation_by_hand_from_split_to_report(cli: Callable[..., Done], here: Path) -> None:
+    done = cli("split", "c.yaml", "--out", "trial", "--set", "method={name: fedavg}")
+    assert (done.code, done.out.count("wrote trial/")) == (0, 4)
+    answer = ["contribute", "trial/federation.yaml", "--name", "client_0", "--data", "trial/client_0.npz"]
+    done = cli(*answer, "--home", "homes/0", "--out", "inbox/0.fed")
+    assert done.code == 0
+    assert 'what leaves client_0 for "local_models" of fedavg: ' in done.out
+    assert re.search(r"wrote inbox/0\.fed: [\d.]+ KiB\nclient_0 signs with the key [0-9a-f]{64}\n", done.out)
+    fuse = ["fuse", "inbox", "--config", "trial/federation.yaml", "--out", "run"]
+    done = cli(*fuse)
+    assert done.code == 3
+    assert "missing: client_1: nothing came from it\nwaiting for client_1: fedfuse contribute" in done.out
+    answer = ["contribute", "trial/federation.yaml", "--name", "client_1", "--data", "trial/client_1.npz"]
+    assert cli(*answer, "--home", "homes/1", "--out", "inbox/1.fed").code == 0
+    shutil.copy(here / "inbox" / "1.fed", here / "inbox" / "cut.fed")
+    os.truncate(here / "inbox" / "cut.fed", 100)
+    done = cli(*fuse)
+    assert done.code == 0
+    assert "not used: inbox/cut.fed: the sealed message was refused: " in done.out
+    assert "report: run/report.html" in done.out
+    simulated = fedfuse.run({**CONFIG, "method": {"name": "fedavg"}})
+    assert json.loads((here / "run" / "result.json").read_text())["artifact"] == simulated.facts["artifact"]
+    other = cli(*fuse[:-1], "other", "--method", "ensemble[combine=vote]")
+    assert other.code == 0
+    assert "ensemble" in other.out
+
+
+def test_a_preview_needs_somebody_to_ask(cli: Callable[..., Done], here: Path) -> None:
+    done = cli("contribute", "c.yaml", "--name", "client_0", "--out", "x.fed", "--preview", "--home", "home")
+    assert (done.code, done.err) == (
+        2,
+        (
+            "error: there is no terminal to ask at\n"
+            "  where: --preview\n"
+            "  fix:   leave it out and name what must stay by --refuse\n"
+        ),
+    )
+    done = cli("contribute", "c.yaml", "--name", "client_0", "--out", "x.fed", "--refuse", "block/*", "--home", "home")
+    assert done.code == 2
+    assert done.err.startswith('error: nothing was written: the upload holds "block/')
+    assert not (here / "x.fed").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_wherever_it_was_met(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(**_: object) -> int:
+        raise OSError(number, os.strerror(number), "figures/curves.png")
+
+    monkeypatch.setattr(fedfuse.cli, "app", full)
+    with pytest.raises(SystemExit) as caught:
+        fedfuse.cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: cannot write: {os.strerror(number)}\n"
+        "  where: figures/curves.png\n"
+        "  fix:   free disk space or name another folder, then run the same command again\n"
+    )
+
+
+def test_another_fault_of_the_system_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(**_: object) -> int:
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+    monkeypatch.setattr(fedfuse.cli, "app", fault)
+    with pytest.raises(FileNotFoundError):
+        fedfuse.cli.main()

@@ -9,7 +9,7 @@ import torch
 
 from fedfuse.core.registry import METHODS
 from fedfuse.experiment import Config, read_config, resolve
-from fedfuse.experiment.comparing import _method_entry
+from fedfuse.experiment.comparing import method_entry
 from fedfuse.experiment.configuration import NamedSection, family_of
 from fedfuse.methods.fedavg import FedAvg
 
@@ -20,7 +20,7 @@ FILES = sorted(
 
 
 def _methods(config: Config) -> dict[str, Config]:
-    entries = [_method_entry(entry, config) for entry in config.methods]
+    entries = [method_entry(entry, config) for entry in config.methods]
     return {label: config.model_copy(update={"method": NamedSection(**section)}) for label, section in entries}
 
 

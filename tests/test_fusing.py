@@ -118,16 +118,11 @@ def test_checkpoints_without_a_recipe_give_a_checkpoint(tmp_path: Path) -> None:
     assert found.tensor("half").dtype == torch.bfloat16
 
 
-def test_a_run_s_folder_and_an_adapter_s_folder_are_found(three: list[Path], tmp_path: Path) -> None:
+def test_a_run_s_folder_is_found(three: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     saved(run / "artifact", 5)
     out = fedfuse.fuse([three[0], run], out=tmp_path / "fused")
     assert Artifact.read(out).recipe["kind"] == "model"
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(Payload({"lora": torch.ones(2)}).encode())
-    out = fedfuse.fuse([adapter, adapter], out=tmp_path / "adapters")
-    assert Payload.decode((out / "model.safetensors").read_bytes()).tensor("lora").tolist() == [1.0, 1.0]
 
 
 def refused(kind: type[FedfuseError], paths: list[Path], tmp_path: Path, **settings: Any) -> str:
@@ -185,3 +180,12 @@ def test_what_was_fused_is_written_down_as_json(three: list[Path], tmp_path: Pat
     fedfuse.fuse([str(path) for path in three], out=str(tmp_path / "fused"))
     facts = json.loads((tmp_path / "fused" / "fused.json").read_text())
     assert facts["info"]["fused"] == [str(path) for path in three]
+
+
+def test_krum_gives_one_of_the_files_whole(three: list[Path], tmp_path: Path) -> None:
+    fedfuse.fuse([*three, three[1]], method="krum", out=tmp_path / "fused")
+    # Of four, each is judged by its nearest neighbour: the one that is there twice has one at no distance.
+    found = Artifact.read(tmp_path / "fused").state
+    assert all(tensor.equal(states(three)[1][name]) for name, tensor in found.items())
+    fedfuse.fuse(three[:1], method="geometric_median", out=tmp_path / "one")
+    assert all(t.equal(states(three)[0][name]) for name, t in Artifact.read(tmp_path / "one").state.items())

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedfuse.core.artifact import Artifact, ModelSpec, load
     from fedfuse.core.client import Client
-    from fedfuse.core.cohort import Cohort, Replies, TensorSpec
+    from fedfuse.core.cohort import Cohort, Replies
     from fedfuse.core.errors import FedfuseError
+    from fedfuse.core.expecting import TensorSpec
     from fedfuse.core.method import Fused, Job, Method, client_task, register_method
     from fedfuse.core.payload import Payload
     from fedfuse.core.registry import (
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "fedfuse.core.artifact": ("Artifact", "ModelSpec", "load"),
     "fedfuse.core.client": ("Client",),
-    "fedfuse.core.cohort": ("Cohort", "Replies", "TensorSpec"),
+    "fedfuse.core.cohort": ("Cohort", "Replies"),
     "fedfuse.core.errors": ("FedfuseError",),
+    "fedfuse.core.expecting": ("TensorSpec",),
     "fedfuse.core.method": ("Fused", "Job", "Method", "client_task", "register_method"),
     "fedfuse.core.payload": ("Payload",),
     "fedfuse.core.registry": (

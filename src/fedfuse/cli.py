@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,116 @@ def compare_command(
 
     print_board(board)
     typer.echo(f"report: {write_report(folder)}")
+
+
+@app.command("split")
+def split_command(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="The folder for the files.")],
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Write a simulation's clients as one file each, to try a real federation with them."""
+    from fedfuse import experiment
+    from fedfuse.commands.splitting import split
+
+    for path in split(experiment.read_config(config, set_), out):
+        typer.echo(f"wrote {path}")
+
+
+@app.command("contribute")
+def contribute_command(
+    name: Annotated[str, typer.Option(help="The client's name.")],
+    out: Annotated[str, typer.Option(help="The file to write, for instance hospital-a.fed; a path or a URL.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="The federation's YAML configuration; may be left out with --request.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The client's data; its part of the configuration's partition if left out.")
+    ] = None,
+    source: Annotated[str, typer.Option(help="How to read the data; told by the file's name if left out.")] = "",
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of that source, e.g. y_key=labels.")
+    ] = [],  # noqa: B006
+    request: Annotated[
+        str | None, typer.Option(help="The server's request, a path or a URL; the first question if left out.")
+    ] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Folder of what the client keeps; ~/.fedfuse/NAME if left out.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The client's signing key; made in its home if left out.")] = None,
+    server_key: Annotated[str, typer.Option(help="Public key that a request must bear.")] = "",
+    preview: Annotated[bool, typer.Option("--preview", help="Show what would leave, and ask before writing.")] = False,
+    refuse: Annotated[
+        list[str], typer.Option(metavar="KEYS", help="Keys that must not leave, e.g. 'moments/*'; may be repeated.")
+    ] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Answer a federation's question on one's own data, into one signed file that can be carried by hand."""
+    from fedfuse.commands.byhand import contribute_and_tell
+
+    contribute_and_tell(
+        config,
+        name,
+        data,
+        out=out,
+        source=source,
+        settings=set_,
+        request=request,
+        home=home,
+        key=key,
+        server_key=server_key,
+        preview=preview,
+        refuse=refuse,
+        device=device,
+    )
+
+
+@app.command("fuse")
+def fuse_command(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Adapters of PEFT, checkpoints or artifacts; with --config folders, URLs or files of contributions."
+        ),
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="A federation's YAML configuration: fuse contributions that came as files.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="A rule such as flora, svd, average, fedex or ties; with --config a method; with settings."),
+    ] = "",
+    weights: Annotated[str, typer.Option(help="One per path: 0.5,0.3,0.2; equal if left out.")] = "",
+    rank: Annotated[int | None, typer.Option(help="Of a fused adapter, for rules that choose one.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, or the checkpoint that all began with, for rules that need it.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show what every rule would make of the adapters.")
+    ] = False,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the rule or of the configuration.")
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Where the result comes; with --config the run's folder.")] = None,
+) -> None:
+    """Fuse adapters and models that people already have, or with --config contributions that came as files."""
+    if config is None:
+        from fedfuse.commands.fusing_files import fuse_and_tell as fuse_files_and_tell
+
+        fuse_files_and_tell(
+            paths, method=method, weights=weights, rank=rank, base=base, settings=set_, out=out, compares=compare
+        )
+        return
+    if weights or rank is not None or base is not None or compare:
+        raise ConfigError(
+            "these options are for files without a configuration",
+            where="--weights, --rank, --base, --compare",
+            fix="leave them out, or --config",
+        )
+    from fedfuse.commands.byhand import fuse_and_tell
+
+    if not fuse_and_tell(paths, config, set_, out, method=method):
+        raise typer.Exit(3)
 
 
 @app.command("remove")
@@ -193,10 +304,132 @@ def distill_command(
     typer.echo(f"artifact: {result.folder / 'artifact'}")
 
 
+@app.command("certs")
+def certs_command(
+    folder: Annotated[Path, typer.Argument(help="Where certificates and keys come; what is there stays.")],
+    clients: Annotated[str, typer.Option(help="Names of new clients: hospital-a,hospital-b.")] = "",
+    host: Annotated[
+        list[str], typer.Option(metavar="HOST", help="A name or address that clients reach the server by.")
+    ] = [],  # noqa: B006
+    days: Annotated[int, typer.Option(min=1, help="How long certificates hold.")] = 365,
+) -> None:
+    """Make certificates and keys for a federation, and say what to hand to whom."""
+    from fedfuse.commands.certs import make
+
+    names = [name.strip() for name in clients.split(",") if name.strip()]
+    typer.echo(make(folder, names, host, valid_days=days))
+
+
+@app.command("serve")
+def serve_command(
+    config: ConfigArgument,
+    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen, e.g. 0.0.0.0:9092.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; the same command continues there.")],
+    certs: Annotated[Path | None, typer.Option(help="What fedfuse certs made.")] = None,
+    quorum: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fraction of the clients that must answer.")
+    ] = None,
+    deadline: Annotated[
+        str, typer.Option(metavar="2d", help="Longest wait for clients in each exchange: 90s, 30m, 12h, 2d.")
+    ] = "",
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys: for trials on one machine.")] = False,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Serve a real federation until its model is there; after any interruption the same command continues."""
+    from fedfuse.commands.serving import prepare, serve
+    from fedfuse.commands.serving_screen import ServingLive
+
+    serving = prepare(
+        config, set_, address=address, certs=certs, out=out, quorum=quorum, deadline=deadline, insecure=insecure
+    )
+    if insecure:
+        typer.echo("INSECURE: no TLS and no keys. Whoever reaches this port can read, join and answer.", err=True)
+    live = ServingLive(out)
+    with live:
+        result = serve(serving, live)
+    from fedfuse.report import print_result, write_report
+
+    print_result(result.facts)
+    typer.echo(f"report: {write_report(out)}")
+
+
+@app.command("join")
+def join_command(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server's address.")],
+    name: Annotated[str, typer.Option(help="This client's name in the federation.")],
+    data: Annotated[Path, typer.Option(help="File or folder of its examples; they stay here.")],
+    source: Annotated[str, typer.Option(help="How to read the data; told by the file's name if left out.")] = "",
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of that source, e.g. y_key=labels.")
+    ] = [],  # noqa: B006
+    ca: Annotated[Path | None, typer.Option(help="The ca.pem that the server's operator gave.")] = None,
+    key: Annotated[Path | None, typer.Option(help="This client's .key; its signing key lies beside it.")] = None,
+    home: Annotated[Path | None, typer.Option(help="For what must last; ~/.fedfuse/NAME if left out.")] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Show what would leave, and ask first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --preview: show, and do not ask.")] = False,
+    refuse: Annotated[list[str], typer.Option(metavar="KEY", help="What must not leave: a key, or 'moments/*'.")] = [],  # noqa: B006
+    only_sums: Annotated[
+        bool, typer.Option("--only-sums", help="Send masked uploads only, whose sum the server learns and no more.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key: for trials on one machine.")] = False,
+) -> None:
+    """Take part in a real federation until it is over; after any interruption the same command comes back."""
+    from fedfuse.commands.consent import TerminalOwner
+    from fedfuse.commands.joining import Joining, join
+
+    owner = TerminalOwner(previews=preview, says_yes=yes)
+    if insecure:
+        typer.echo("INSECURE: no TLS and no key. Whoever is in between can read and change what is sent.", err=True)
+    joining = Joining(
+        server=server,
+        name=name,
+        data=data,
+        source=source,
+        settings=set_,
+        ca=ca,
+        key=key,
+        home=home,
+        refuse=refuse,
+        previews=preview,
+        only_sums=only_sums,
+        insecure=insecure,
+        device=device,
+    )
+    owner.say(join(joining, owner))
+
+
+@app.command("status")
+def status_command(
+    run: Annotated[Path, typer.Argument(help="The --out folder of fedfuse serve.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw it again every two seconds until the run is done.")
+    ] = False,
+) -> None:
+    """Say who takes part in a federation, what each has sent and when, and who is awaited."""
+    from fedfuse.commands.status import show
+
+    show(run, watches=watch)
+
+
+@app.command("flower-app")
+def flower_app_command(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Write a Flower app folder, for those who run Flower already: flwr run FOLDER."""
+    from fedfuse.runtimes.flower.app_folder import write_app_folder
+
+    for path in write_app_folder(folder):
+        typer.echo(f"wrote {path}")
+
+
 @app.command("list")
 def list_command(
     what: Annotated[
-        str, typer.Argument(help="methods, partitions, models, sources, runtimes or rules; all if left out.")
+        str,
+        typer.Argument(
+            help="methods, partitions, models, sources, runtimes, rules, adapter-rules or attacks; all if left out."
+        ),
     ] = "",
 ) -> None:
     """List what there is, with a line on each."""
@@ -210,6 +443,8 @@ def list_command(
         "sources": registry.SOURCES,
         "runtimes": registry.RUNTIMES,
         "rules": registry.RULES,
+        "adapter-rules": registry.ADAPTER_RULES,
+        "attacks": registry.ATTACKS,
     }
     if what and what not in kinds:
         raise ConfigError(f'there is no list of "{what}"', where="fedfuse list", fix=did_you_mean(what, kinds))
@@ -225,7 +460,9 @@ def list_command(
 
 @app.command("inspect")
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="A run, an artifact, a journal or a .safetensors file.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run, an artifact, an adapter, a journal, a .safetensors or a .fed file.")
+    ],
 ) -> None:
     """Say what a file or folder holds."""
     from fedfuse.commands.inspecting import describe
@@ -293,6 +530,13 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except FedfuseError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"\n  where: {error.filename}" if error.filename else ""
+        fix = "free disk space or name another folder, then run the same command again"
+        typer.echo(f"error: cannot write: {error.strerror}{where}\n  fix:   {fix}", err=True)
         sys.exit(2)
     except ClickException as error:
         error.show()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fedfuse.core.errors import PayloadError
 from fedfuse.core.payload import PayloadFile, Value, read_header
+from fedfuse.core.shards import Shards
 
 S = TypeVar("S")
 
@@ -38,11 +40,13 @@ class Place:
         shape: of the whole tensor.
         dtype: of its elements.
         offset: of its first byte in the file.
+        path: of the file.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    path: Path
 
 
 class Upload:
@@ -51,23 +55,23 @@ class Upload:
     Files are read by position and never mapped: mapped pages of many files would count into the process's memory.
 
     Args:
-        values: a payload, a plain mapping, or a payload's file.
-        stays_open: keep the file open until :meth:`close`, which is faster; else it is opened for every part, because
+        values: a payload, a plain mapping, a payload's file, or a checkpoint of several files.
+        stays_open: keep files open until :meth:`close`, which is faster; else they are opened for every part, because
             a cohort may have more clients than a process may hold open files.
     """
 
     def __init__(self, values: Mapping[str, Value], *, stays_open: bool = False) -> None:
         self.values = values
-        self._places = _places(values) if isinstance(values, PayloadFile) else {}
-        self._descriptor = -1
-        if stays_open and isinstance(values, PayloadFile):
-            self._descriptor = os.open(values.path, os.O_RDONLY)
+        files = [values] if isinstance(values, PayloadFile) else []
+        if isinstance(values, Shards):
+            files = list(values.files.values())
+        self._places = {key: place for file in files for key, place in _places(file).items()}
+        self._descriptors = {file.path: os.open(file.path, os.O_RDONLY) for file in files} if stays_open else {}
 
     def close(self) -> None:
-        """Close the file, if it is open."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close what is open."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
     @property
     def is_file(self) -> bool:
@@ -105,10 +109,10 @@ class Upload:
             value = self.values[key]
             assert isinstance(value, Tensor)
             return value.reshape(-1)[start : start + into.numel()]
-        assert isinstance(self.values, PayloadFile)
         target: memoryview = into.view(torch.uint8).numpy().data if into.numel() else memoryview(b"")
         # Several threads may read from one upload.
-        descriptor = self._descriptor if self._descriptor >= 0 else os.open(self.values.path, os.O_RDONLY)
+        kept = self._descriptors.get(place.path)
+        descriptor = os.open(place.path, os.O_RDONLY) if kept is None else kept
         try:
             position = place.offset + start * into.element_size()
             while target:
@@ -116,12 +120,12 @@ class Upload:
                 if count == 0:
                     raise PayloadError(
                         f'the file ends in the middle of "{key}"',
-                        where=str(self.values.path),
+                        where=str(place.path),
                         fix="copy the file again",
                     )
                 target, position = target[count:], position + count
         finally:
-            if descriptor != self._descriptor:
+            if kept is None:
                 os.close(descriptor)
         return into
 
@@ -153,7 +157,7 @@ def _places(file: PayloadFile) -> dict[str, Place]:
     with file.path.open("rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
     return {
-        key: Place(tuple(facts["shape"]), _DTYPES[facts["dtype"]], start + int(facts["data_offsets"][0]))
+        key: Place(tuple(facts["shape"]), _DTYPES[facts["dtype"]], start + int(facts["data_offsets"][0]), file.path)
         for key, facts in read_header(file.path).items()
         if key != "__metadata__" and facts.get("dtype") in _DTYPES
     }

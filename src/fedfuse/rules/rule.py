@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedfuse.core.errors import ModelError
 from fedfuse.core.payload import Value
+from fedfuse.rules.distances import squared_distances
 from fedfuse.rules.reading import Upload, in_threads
 
 _CHUNK_BYTES = 64 << 20
@@ -40,19 +41,21 @@ class Source:
 class Rule:
     """Base of all rules.
 
-    A rule says how the clients' values of one tensor become one. Three facts about it decide how it is run: all of
+    A rule says how the clients' values of one tensor become one. Four facts about it decide how it is run: all of
     them are ``False`` unless a rule says otherwise.
 
     ``of_differences``: it sees the differences from the weights that all clients began with, and what it returns is
     added to these. ``of_whole_tensors``: it must see whole tensors, flattened, and not parts of them.
     ``is_weighted_sum``: ``fuse`` is the weighted sum of what ``prepare`` returned, so that one client at a time is
-    enough.
+    enough. ``of_whole_models``: ``reweigh`` is first shown how far apart the clients' whole models are, and the weights
+    that it returns are those of all tensors, buffers among them.
 
     A rule with one of the first two is made for weights: integers and a model's buffers are averaged instead.
     """
 
     of_differences: ClassVar[bool] = False
     of_whole_tensors: ClassVar[bool] = False
+    of_whole_models: ClassVar[bool] = False
 
     @property
     def is_weighted_sum(self) -> bool:
@@ -70,6 +73,18 @@ class Rule:
             Shape ``(n,)``, float64.
         """
         return values
+
+    def reweigh(self, distances: Tensor, weights: Tensor) -> Tensor:
+        """Change the clients' weights by what their whole models look like.
+
+        Args:
+            distances: squared distances between the models, shape ``(num_clients, num_clients)``, float64.
+            weights: shape ``(num_clients,)``, float64, sums to 1.
+
+        Returns:
+            Shape ``(num_clients,)``, float64, sums to 1.
+        """
+        return weights
 
     def fuse(self, stack: Tensor, weights: Tensor) -> Tensor:
         """Fuse one chunk of one tensor, or the whole of it.
@@ -105,7 +120,7 @@ def fuse_uploads(
     """Fuse the tensors of a group over clients, key by key and chunk by chunk.
 
     From each upload only the chunk at hand is in memory, so memory does not grow with the number of clients; rules
-    that need whole tensors of all clients hold one tensor of each.
+    that need whole tensors of all clients hold one tensor of each. Rules of whole models read the uploads twice.
 
     Args:
         uploads: opened lazily, one per client, in client-id order.
@@ -117,6 +132,33 @@ def fuse_uploads(
 
     Returns:
         Name to fused tensor, with the uploads' own dtypes; integers are rounded.
+    """
+    return dict(stream_fused(uploads, rule, weights, group=group, base=base, buffers=buffers))
+
+
+def stream_fused(
+    uploads: Sequence[Mapping[str, Value]],
+    rule: Rule,
+    weights: Sequence[float] | None = None,
+    *,
+    group: str = "model",
+    base: Mapping[str, Value] | None = None,
+    buffers: Collection[str] = (),
+    order: Sequence[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Fuse like :func:`fuse_uploads`, and hand out each tensor as soon as it is fused.
+
+    Args:
+        uploads: opened lazily, one per client, in client-id order.
+        rule: how to fuse.
+        weights: one per client, not negative; equal if left out.
+        group: only keys of this group; it is taken off the names.
+        base: name to tensor: the weights that all clients began with, for rules that fuse differences from them.
+        buffers: names of tensors that are no weights, such as running statistics; rules for weights average them.
+        order: all full keys of that group in the order that is wanted; the first upload's if left out.
+
+    Yields:
+        Name and fused tensor.
 
     Raises:
         ModelError: no uploads, weights that cannot be, no base where one is needed, or uploads whose keys, shapes or
@@ -137,10 +179,13 @@ def fuse_uploads(
         )
     shares = shares / shares.sum()
     prefix = f"{group}/" if group else ""
-    keys = [key for key in uploads[0] if key.startswith(prefix)]
+    keys = list(order) if order is not None else [key for key in uploads[0] if key.startswith(prefix)]
     sources = [Upload(upload, stays_open=len(uploads) <= _MOST_OPEN) for upload in uploads]
     try:
-        return _fuse_keys(sources, keys, prefix, rule, shares, base, buffers)
+        _check_keys(sources, keys, prefix)
+        if rule.of_whole_models:
+            shares = rule.reweigh(squared_distances(sources, keys), shares)
+        yield from _fuse_keys(sources, keys, prefix, rule, shares, base, buffers)
     finally:
         for source in sources:
             source.close()
@@ -154,14 +199,11 @@ def _fuse_keys(
     shares: Tensor,
     base: Mapping[str, Value] | None,
     buffers: Collection[str],
-) -> dict[str, Tensor]:
-    fused: dict[str, Tensor] = {}
+) -> Iterator[tuple[str, Tensor]]:
     for key in keys:
         looks = sources[0].looks(key)
         if looks is None:
             continue
-        for position, source in enumerate(sources):
-            _check(source.looks(key), f"upload {position}", f'"{key}"', looks)
         name = key.removeprefix(prefix)
         is_weight = looks[1].is_floating_point and name not in buffers
         fitting = rule if is_weight or not (rule.of_differences or rule.of_whole_tensors) else _Mean()
@@ -170,7 +212,19 @@ def _fuse_keys(
             value = base.get(name)
             start = value if isinstance(value, Tensor) else None
             _check(None if start is None else (tuple(start.shape), looks[1]), "the base", f'"{name}"', looks)
-        fused[name] = _Key(sources, key, name, looks, start).fuse(fitting, shares)
+        yield name, _Key(sources, key, name, looks, start).fuse(fitting, shares)
+
+
+Looks = tuple[tuple[int, ...], torch.dtype]
+
+
+def _check_keys(sources: Sequence[Upload], keys: Sequence[str], prefix: str) -> None:
+    """Refuse uploads that do not look alike, before any tensor is read."""
+    for key in keys:
+        looks = sources[0].looks(key)
+        if looks is not None:
+            for position, source in enumerate(sources):
+                _check(source.looks(key), f"upload {position}", f'"{key}"', looks)
     for position, source in enumerate(sources):
         extra = sorted({key for key in source.values if key.startswith(prefix)} ^ set(keys))
         if extra:
@@ -178,10 +232,6 @@ def _fuse_keys(
                 f'upload {position} and upload 0 do not both hold "{extra[0]}"',
                 fix="fuse uploads of the same architecture",
             )
-    return fused
-
-
-Looks = tuple[tuple[int, ...], torch.dtype]
 
 
 def _check(found: Looks | None, whose: str, key: str, wanted: Looks) -> None:
@@ -235,6 +285,9 @@ class _Key:
             part, wide, total = (m[: len(target)] for m in (memory.part, memory.wide, memory.total))
             total.zero_()
             for position, (source, share) in enumerate(zip(self.sources, shares.tolist(), strict=True)):
+                if share == 0:
+                    # Not even read: zero times NaN is no zero.
+                    continue
                 row = source.read(self.key, start, part)
                 total.add_(self._prepared(rule, position, start, wide.copy_(row)), alpha=share)
             self._put(target, start, total)
