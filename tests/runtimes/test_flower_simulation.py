@@ -327,7 +327,7 @@ def test_it_is_registered_and_needs_its_packages(monkeypatch: pytest.MonkeyPatch
     assert str(error.value) == textwrap.dedent("""\
         the runtime flower-simulation needs Flower and Ray
           where: runtime.name
-          fix:   pip install "fedfuse[flower]\"""")
+          fix:   pip install "fedfuse[simulation]\"""")
 
 
 def test_registering_imports_neither_flower_nor_ray() -> None:

@@ -15,8 +15,8 @@ def local_folder(place: str | Path) -> Path:
     """Where a model lies on this machine; a name on the hub is fetched first.
 
     Args:
-        place: a path, or ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` on the Hugging Face hub where there is neither such a
-            path nor a folder ``OWNER``.
+        place: a path, or ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` on the Hugging Face hub where there is neither such
+            a path nor a folder ``OWNER``.
 
     Returns:
         The path; it need not be there where it cannot be a name on the hub.

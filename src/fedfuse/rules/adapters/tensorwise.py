@@ -12,10 +12,13 @@ from torch import Tensor
 from fedfuse.core.seeding import Rng
 from fedfuse.ops.lora import Factors, stacked, truncated, truncated_matrix
 from fedfuse.rules.adapters.rule import AdapterRule, FusedChange, check_rank, check_rank_fits
+from fedfuse.rules.dare import Dare
 from fedfuse.rules.rule import Rule, Source
 from fedfuse.rules.task_arithmetic import TaskArithmetic
+from fedfuse.rules.ties import Ties
 
 _CHUNK_BYTES = 64 << 20
+_STEP = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,9 @@ class Tensorwise(AdapterRule):
         step = height if self.rule.of_whole_tensors else max(1, _CHUNK_BYTES // (8 * width * len(parts)))
         blocks = []
         for start in range(0, height, step):
-            stack = torch.stack([part.left[start : start + step] @ part.right for part in parts])
+            stack = torch.empty(len(parts), min(step, height - start), width, dtype=torch.float64)
+            for matrix, part in zip(stack, parts, strict=True):
+                torch.mm(part.left[start : start + step], part.right, out=matrix)
             blocks.append(_fused(self.rule, stack, weights, module))
         return torch.cat(blocks)
 
@@ -133,7 +138,11 @@ def _fused(rule: Rule, stack: Tensor, weights: Sequence[float], name: str) -> Te
     rows = stack.view(len(stack), -1)
     for position in range(len(rows)):
         rows[position] = rule.prepare(rows[position], Source(name, position, len(rows)))
-    return rule.fuse(rows, torch.tensor(weights, dtype=torch.float64)).view(stack.shape[1:])
+    shares = torch.tensor(weights, dtype=torch.float64)
+    # These look at whole tensors when they prepare them, and at single elements when they fuse them.
+    step = _STEP if isinstance(rule, Ties | Dare) else max(1, rows.shape[1])
+    fused = [rule.fuse(rows[:, start : start + step], shares) for start in range(0, rows.shape[1], step)]
+    return torch.cat(fused).view(stack.shape[1:])
 
 
 def _padded(factor: Tensor, dimension: int, size: int) -> Tensor:

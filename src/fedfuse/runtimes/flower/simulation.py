@@ -150,7 +150,7 @@ class FlowerSimulation:
             raise ConfigError(
                 "the runtime flower-simulation needs Flower and Ray",
                 where="runtime.name",
-                fix='pip install "fedfuse[flower]"',
+                fix='pip install "fedfuse[simulation]"',
             )
         # Flower and Ray read these when they are imported.
         for name, value in _ENVIRONMENT.items():
