@@ -24,6 +24,8 @@ _MAX_SOCKET_FOLDER = 40
 """Ray puts sockets under its folder, whose whole paths may hold no more than about a hundred letters."""
 
 _PATIENCE_S = 2.0
+_LONGEST_S = 10.0
+_QUIET_LOOKS = 3
 _OWN_FILE = re.compile(r"/fedfuse-ray-(\d+)-[^/]+/")
 
 
@@ -83,11 +85,17 @@ def end_processes(program: int, *, patience_s: float) -> None:
         patience_s: how long to wait.
     """
     deadline = time.monotonic() + patience_s
-    while (left := processes_of(program)) and time.monotonic() < deadline:
+    while processes_of(program) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for process_id in left:
-        with suppress(OSError):
-            os.kill(process_id, signal.SIGKILL)
+    deadline, num_quiet_looks = time.monotonic() + _LONGEST_S, 0
+    # One that is about to end may still start another, so one look that finds nothing is not enough.
+    while num_quiet_looks < _QUIET_LOOKS and time.monotonic() < deadline:
+        left = processes_of(program)
+        num_quiet_looks = 0 if left else num_quiet_looks + 1
+        for process_id in left:
+            with suppress(OSError):
+                os.kill(process_id, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def _owners() -> dict[int, int]:
