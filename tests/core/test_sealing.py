@@ -124,7 +124,7 @@ def test_keys_are_kept_for_their_owner_alone(tmp_path: Path) -> None:
     assert SigningKey.load_or_make(path).public_key == key.public_key == SigningKey.load(path).public_key
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert check_public_key(key.public_key.upper(), "x") == key.public_key
-    with pytest.raises(ConfigError, match="cannot write the signing key: File exists"):
+    with pytest.raises(ConfigError, match="cannot write the key: File exists"):
         KEY.save(path)
 
 

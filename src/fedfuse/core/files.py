@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from fedfuse.core.errors import JournalError
+from fedfuse.core.errors import ConfigError, JournalError
 
 
 def write_atomically(path: Path, data: bytes, *, syncs_folder: bool = True) -> None:
@@ -47,6 +47,29 @@ def write_atomically(path: Path, data: bytes, *, syncs_folder: bool = True) -> N
             where=str(path),
             fix="free disk space or name another folder, then run the same command again",
         ) from None
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a new file that nobody but its owner may read, at no time.
+
+    Args:
+        path: where; there must be none yet.
+        data: the whole content, for instance a private key.
+
+    Raises:
+        ConfigError: there is such a file, or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the key: {error.strerror}", where=str(path), fix="name a place where there is none yet"
+        ) from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_unfinished(folder: Path) -> None:

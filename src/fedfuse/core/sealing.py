@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedfuse.core.errors import ConfigError, FedfuseError, PayloadError, SealError
-from fedfuse.core.files import write_atomically
+from fedfuse.core.files import write_atomically, write_private
 from fedfuse.core.payload import Payload
 
 if TYPE_CHECKING:
@@ -98,19 +97,7 @@ class SigningKey:
         """
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-        path = Path(path)
-        data = self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write the signing key: {error.strerror}", where=str(path), fix="name a file that is not there"
-            ) from None
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_private(Path(path), self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
     def sign(self, message: bytes) -> bytes:
         """The signature of a message, 64 bytes.

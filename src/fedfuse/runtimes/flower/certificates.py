@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedfuse.core.cohort import check_client_id
 from fedfuse.core.errors import ConfigError
-from fedfuse.core.files import write_atomically
+from fedfuse.core.files import write_atomically, write_private
 from fedfuse.core.sealing import SigningKey
 from fedfuse.runtimes.flower.trust import SIGNING_SUFFIX, Member, ServerFiles, read_members
 
@@ -80,7 +79,7 @@ def _make_authority(files: ServerFiles, valid_days: int) -> None:
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write_private(files.ca_key, _pem(key))
+    write_private(files.ca_key, _pem(key))
     write_atomically(files.ca, certificate.public_bytes(serialization.Encoding.PEM))
 
 
@@ -102,7 +101,7 @@ def _make_server_certificate(files: ServerFiles, hosts: Sequence[str], valid_day
         )
         .sign(signer, hashes.SHA256())
     )
-    _write_private(files.key, _pem(key))
+    write_private(files.key, _pem(key))
     write_atomically(files.certificate, certificate.public_bytes(serialization.Encoding.PEM))
 
 
@@ -114,7 +113,7 @@ def _make_client(files: ServerFiles, name: str) -> Member:
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
     signing = SigningKey.generate()
-    _write_private(folder / f"{name}.key", private)
+    write_private(folder / f"{name}.key", private)
     signing.save(folder / f"{name}.key{SIGNING_SUFFIX}")
     write_atomically(folder / "ca.pem", files.ca.read_bytes())
     public = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
@@ -158,18 +157,3 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    """Write a file that nobody but its owner may read, at no time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the key: {error.strerror}", where=str(path), fix="name a folder that can be written"
-        ) from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
