@@ -145,7 +145,7 @@ def test_who_does_not_come_is_waited_for_no_longer_than_the_deadline(additive: R
 def test_late_answers_are_only_recorded_where_the_operator_says_so(remote: Remote) -> None:
     remote.grid.apps.popitem()
     remote.fuse("federation.timeout_s=0.2", "federation.quorum=0.5", "federation.late=record")
-    assert "note: without client_2: what comes now is recorded and changes nothing" in remote.log.getvalue()
+    assert "note: without client_2: what came late is kept in the journal and changes nothing" in remote.log.getvalue()
 
 
 def test_the_same_command_continues_from_the_journal(remote: Remote) -> None:

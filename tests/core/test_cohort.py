@@ -635,3 +635,43 @@ def test_an_id_that_is_no_name_of_a_file_is_refused(client_id: str) -> None:
         f"{client_id!r:.60} is no client id\n  where: clients\n  fix:   use at most 100 letters, digits, _ . and -"
     )
     check_client_id("hospital-a_1.north")
+
+
+# --- what comes late
+
+
+def test_an_upload_that_comes_after_its_exchange_is_kept_for_whoever_asks_again() -> None:
+    late: list[Reply] = []
+
+    def answer(request: Request) -> Sequence[Reply]:
+        reply = Reply(request.client_id, upload=GOOD.encode(), answer_key=request.answer_key)
+        if request.client_id == "c" and request.exchange == "one":
+            late.append(reply)
+            return []
+        # It arrives while another question is being answered.
+        return [*late, reply] if request.exchange == "two" and request.client_id == "a" else [reply]
+
+    runtime = Fake(answer=answer)
+    lines: list[Mapping[str, Any]] = []
+    each = cohort(runtime, terms=Terms(quorum=0.5), log=lines.append)
+    assert each.ask(Toy.once, key="one").missing == {"c": "no reply"}
+    assert list(each.ask(Toy.once, key="two")) == ["a", "b", "c"]
+    assert each.late == {"c": ["one"]}
+    assert {"event": "late reply", "exchange": "one", "client": "c"} in lines
+    again = cohort(Fake(answer=lambda request: pytest.fail("asked again")), journal=each.journal)
+    assert list(again.ask(Toy.once, key="one")) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("upload", [None, Payload({"undeclared": 1}).encode()])
+def test_late_uploads_are_looked_for_at_the_end_and_checked_like_any_other(upload: bytes | None) -> None:
+    runtime = Fake(answer=lambda request: [])
+    each = cohort(runtime)
+    with pytest.raises(QuorumError):
+        each.ask(Toy.once, key="one")
+    good, bad, strange = (
+        Reply(client_id, upload=data, answer_key=runtime.asked[number].answer_key)
+        for number, (client_id, data) in enumerate([("a", GOOD.encode()), ("b", upload), ("b", GOOD.encode())])
+    )
+    runtime.late_replies = lambda: [good, bad, strange]  # type: ignore[attr-defined]
+    assert each.collect_late() == {"a": ["one"]}
+    assert [entry.facts["client"] for entry in each.journal.entries()] == ["a"]

@@ -229,7 +229,7 @@ class Federation:
             if terms.late == "merge" and is_additive_run(result.facts) and terms.secure_aggregation is None:
                 result = self._with_late(runtime, result, live)
             elif late := self._absent(result):
-                live.note(f"without {', '.join(late)}: what comes now is recorded and changes nothing")
+                live.note(f"without {', '.join(late)}: what came late is kept in the journal and changes nothing")
             runtime.dismiss(_OVER)
             return result
         finally:

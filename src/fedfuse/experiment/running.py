@@ -239,6 +239,9 @@ def run_method(
         try:
             with job.rng.ambient("fuse"):
                 fused = method.fuse(cohort, job)
+            if config.federation.late == "record" or not (method.is_additive or len(cohort.uploads) == 1):
+                # Whoever fuses late uploads in takes them from the runtime himself.
+                cohort.collect_late()
         finally:
             _write_progress(folder, ledger, lines)
         wall_seconds = time.perf_counter() - start
