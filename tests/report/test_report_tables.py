@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -75,3 +75,28 @@ def test_markdown(board: dict[str, Any]) -> None:
 def test_markdown_escapes_labels() -> None:
     line = board_markdown({"rows": [{"method": "a|b\n<i> [x](y)"}]}).splitlines()[2]
     assert line.startswith("| a\\|b &lt;i> \\[x\\](y) | – |")
+
+
+class TestScoresBesideTheAccuracy:
+    ROWS: ClassVar = [
+        {
+            "method": "fedit",
+            "accuracy_mean": 0.5,
+            "num_seeds": 2,
+            "metrics_mean": {"perplexity": 7.25, "exact_match": 0.25},
+            "metrics_std": {"perplexity": 0.5, "exact_match": 0.01},
+        },
+        {"method": "local", "accuracy_mean": 0.4, "num_seeds": 2},
+    ]
+
+    def test_a_board_has_a_column_for_each(self) -> None:
+        lines = board_markdown({"rows": self.ROWS}).splitlines()
+        assert lines[0].endswith("| server time | exact match | perplexity |")
+        assert lines[2].endswith("| 25.0 ± 1.0 % | 7.25 ± 0.50 |")
+        assert lines[3].endswith("| – | – |")
+
+    def test_a_run_has_a_line_for_each(self) -> None:
+        result = {"method": "fedit", "accuracy": 0.5, "metrics": {"rouge_l": 0.125, "perplexity": 7.25}}
+        console = Console(file=io.StringIO(), width=80)
+        print_result(result, console)
+        assert "perplexity 7.25 rouge l 12.5 %" in " ".join(_text(console).split())

@@ -288,12 +288,27 @@ def _board(
                 "accuracy_std": (statistics.stdev(scores) if len(scores) > 1 else 0.0) if scores else None,
                 "accuracies": scores,
                 **_attack_facts(runs),
+                **_metric_facts(runs),
                 "num_seeds": len(runs),
                 **{name: statistics.fmean(run["ledger"][name] for run in runs) for name in names},
                 "runs": [run["run"] for run in runs],
             }
         )
     return {"rows": rows, "seeds": list(seeds), "config": dict(config), "versions": versions()}
+
+
+def _metric_facts(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of the scores beside the accuracy."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for name, value in run.get("metrics", {}).items():
+            found.setdefault(name, []).append(value)
+    if not found:
+        return {}
+    return {
+        "metrics_mean": {name: statistics.fmean(values) for name, values in found.items()},
+        "metrics_std": {name: statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in found.items()},
+    }
 
 
 def _attack_facts(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from fedfuse.core.artifact import Artifact
 from fedfuse.core.errors import ArtifactError, ConfigError
 from fedfuse.core.files import write_atomically
 from fedfuse.core.payload import PayloadFile
+from fedfuse.core.places import local_folder
 from fedfuse.core.registry import RULES
 from fedfuse.core.settings import from_json
 from fedfuse.core.shards import INDEX, Shards
 from fedfuse.core.streaming import TensorWriter
 from fedfuse.fusing.base_model import WEIGHTS, copy_beside, open_weights
-from fedfuse.fusing.places import local_folder
 from fedfuse.rules import fuse_uploads
 from fedfuse.rules.reading import Upload
 from fedfuse.rules.rule import Rule, stream_fused

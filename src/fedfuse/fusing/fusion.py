@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedfuse.core.errors import ConfigError, ModelError
+from fedfuse.core.errors import ArtifactError, ConfigError, ModelError
+from fedfuse.core.places import local_folder
 from fedfuse.fusing.adapter import Adapter, Place
 from fedfuse.fusing.joint_config import check_alike
-from fedfuse.fusing.places import local_folder
 from fedfuse.ops.lora import Factors, inner_product
 from fedfuse.rules.adapters import AdapterRule
 
@@ -77,6 +77,11 @@ class Fusion:
             found |= {module: place for module, place in adapter.modules.items() if module not in found}
         self.modules = dict(sorted(found.items()))
         self.has_biases = any(place.has_bias for adapter in self.adapters for place in adapter.modules.values())
+
+    @property
+    def file_name(self) -> str:
+        """Of the tensors of the result: that of the adapters'."""
+        return self.adapters[0].files[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,6 +215,7 @@ def open_fusion(
     *,
     base_model: str = "",
     hashes: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Iterator[Fusion]:
     """Open adapters, check that they belong together, and close them.
 
@@ -218,6 +224,7 @@ def open_fusion(
         weights: one per path, equal if left out; scaled to sum to 1.
         base_model: name of the base model, where the adapters call it by different ones.
         hashes: whether the SHA-256 of the adapters is wanted.
+        names: what the adapters are called, one per path; the paths if left out.
 
     Yields:
         The adapters.
@@ -229,7 +236,14 @@ def open_fusion(
         raise ConfigError("there is nothing to fuse", where="paths", fix="give at least one adapter")
     shares = shares_of(weights, len(paths))
     adapters = [Adapter(local_folder(path)) for path in paths]
-    names = [str(path) for path in paths]
+    names = [str(path) for path in paths] if names is None else names
+    odd = next((adapter for adapter in adapters if adapter.is_pipeline != adapters[0].is_pipeline), None)
+    if odd is not None:
+        raise ArtifactError(
+            "adapters of PEFT and LoRA files of diffusers do not mix",
+            where=str(odd.folder),
+            fix="save all by load_lora_weights and save_lora_weights of the pipeline",
+        )
     check_alike(names, adapters, base_model=base_model)
     counts = Counter(adapter.beginning for adapter in adapters)
     rests = [adapter.digest if counts[adapter.beginning] > 1 else "" for adapter in adapters]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedfuse.core.artifact import Artifact, load_state
 from fedfuse.core.client import Client
@@ -21,6 +20,7 @@ from fedfuse.methods.tasks import MODEL_UPLOADS, example_weights, trained_upload
 from fedfuse.ops.local_steps import squared_distance, tilt
 from fedfuse.rules import fuse_uploads
 from fedfuse.rules.mean import Mean
+from fedfuse.training import plain_loss
 
 
 @register_method("feddyn", paper="https://arxiv.org/abs/2111.04263", reference="Acar et al., ICLR 2021")
@@ -72,7 +72,7 @@ class FedDyn(Rounds):
 
         def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             held = 0.5 * self.regularization * squared_distance(net.parameters(), anchors)
-            return F.cross_entropy(net(x).float(), y) + held + tilt(net.parameters(), slopes)
+            return plain_loss(net, x, y) + held + tilt(net.parameters(), slopes)
 
         upload = trained_upload(module, client, self.local, msg, loss)
         steps = {name: p.detach() - first[name] for name, p in module.named_parameters()}

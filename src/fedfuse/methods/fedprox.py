@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedfuse.core.artifact import load_state
 from fedfuse.core.client import Client
@@ -18,6 +17,7 @@ from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
 from fedfuse.methods.fedavg import FedAvg
 from fedfuse.methods.tasks import MODEL_SUMS, MODEL_UPLOADS, trained_upload
+from fedfuse.training import plain_loss
 
 
 @register_method("fedprox", paper="https://arxiv.org/abs/1812.06127", reference="Li et al., MLSys 2020")
@@ -66,7 +66,7 @@ class FedProx(FedAvg):
             distance = torch.stack(
                 [(p - a).square().sum() for p, a in zip(net.parameters(), anchors, strict=True)]
             ).sum()
-            return F.cross_entropy(net(x).float(), y) + 0.5 * self.proximal_weight * distance
+            return plain_loss(net, x, y) + 0.5 * self.proximal_weight * distance
 
         return trained_upload(module, client, self.local, msg, loss)
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedfuse.core.artifact import Artifact, load_state
 from fedfuse.core.client import Client
 from fedfuse.core.cohort import Cohort, Replies
 from fedfuse.core.errors import DataError
+from fedfuse.core.examples import Examples
 from fedfuse.core.expecting import TensorSpec
 from fedfuse.core.method import Fused, Job, client_task, register_method
 from fedfuse.core.payload import Payload
@@ -68,7 +69,7 @@ class GreedySoup(LocalTraining):
         correct = torch.zeros(int(msg.number("num_candidates")), dtype=torch.int64)
         for position in range(len(correct) if len(held_out) else 0):
             load_state(module, msg.group(f"candidate_{position}"))
-            correct[position] = int(evaluate(module, held_out, device=client.device).confusion.diagonal().sum())
+            correct[position] = num_right(module, held_out, client.device)
             client.progress(position + 1, len(correct))
         return Payload({"num_correct": correct, "num_validation": len(held_out)})
 
@@ -109,7 +110,7 @@ class GreedySoup(LocalTraining):
             found = []
             for state in candidates:
                 load_state(module, state)
-                found.append(evaluate(module, data, device=job.device).confusion.diagonal().sum())
+                found.append(torch.tensor(num_right(module, data, job.device)))
             return {_SERVER: (torch.stack(found), len(data))}
         message = Payload({"num_candidates": len(candidates)})
         for position, state in enumerate(candidates):
@@ -136,3 +137,14 @@ class GreedySoup(LocalTraining):
 def _mean(replies: Replies, members: Sequence[str]) -> dict[str, Tensor]:
     uploads = dict(zip(replies, replies.uploads(), strict=True))
     return fuse_uploads([uploads[client_id] for client_id in sorted(members)], Mean())
+
+
+def num_right(module: nn.Module, examples: Examples, device: torch.device) -> int:
+    """How many examples a model gets right.
+
+    Args:
+        module: the model.
+        examples: at least one.
+        device: where.
+    """
+    return round(evaluate(module, examples, device=device).accuracy * len(examples))

@@ -84,7 +84,10 @@ def parameter_names(spec: ModelSpec) -> list[str]:
     Returns:
         Names in the module's order; a tied parameter has all of its names.
     """
-    return [name for name, _ in spec.build().named_parameters(remove_duplicate=False)]
+    module = spec.build()
+    # What a foundation model keeps frozen is no part of its state.
+    state = module.state_dict()
+    return [name for name, _ in module.named_parameters(remove_duplicate=False) if name in state]
 
 
 def moved(current: State, mean: State, names: list[str], factor: float) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedfuse.core.artifact import Artifact, load_state
 from fedfuse.core.client import Client
@@ -21,7 +20,7 @@ from fedfuse.methods.tasks import MODEL_UPLOADS, example_weights, trained_upload
 from fedfuse.ops.local_steps import gradient_weights, tilt
 from fedfuse.rules import fuse_uploads
 from fedfuse.rules.mean import Mean
-from fedfuse.training import step_rates
+from fedfuse.training import plain_loss, step_rates
 
 VARIATE_UPLOADS = {**MODEL_UPLOADS, "variate/*": "change of the client's control variate, an average of its gradients"}
 
@@ -79,7 +78,7 @@ class Scaffold(Rounds):
         on_device = [tensor.to(client.device) for tensor in shift.values()]
 
         def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(net(x).float(), y) + tilt(net.parameters(), on_device)
+            return plain_loss(net, x, y) + tilt(net.parameters(), on_device)
 
         upload = trained_upload(module, client, self.local, msg, loss)
         rates = step_rates(self.local, len(client.data.train), int(msg.number("num_epochs")))

@@ -13,10 +13,12 @@ from fedfuse.report.layout import Cell, Gallery, Part, Row, Section, SortableTab
 from fedfuse.report.plots.accuracy import pareto_front
 from fedfuse.report.reading import Board, BoardRow, Run, read_run
 from fedfuse.report.shared_sections import (
+    DRAWN_TEXT,
     EXCHANGE_COLUMNS,
     client_picture,
     confusion_picture,
     curve_pictures,
+    drawn_pictures,
     exchange_rows,
     holdings_section,
     journal_words,
@@ -24,7 +26,7 @@ from fedfuse.report.shared_sections import (
     origin_sections,
 )
 from fedfuse.report.units import DASH, format_bytes, format_count, format_seconds, shorten
-from fedfuse.report.wording import UPPER_BOUND, base_name, leader, method_title, score
+from fedfuse.report.wording import UPPER_BOUND, base_name, leader, method_title, metric_cell, metric_name, score
 
 FirstRuns = Sequence[tuple[BoardRow, Run]]
 
@@ -92,6 +94,9 @@ def board_sections(board: Board, runs: FirstRuns, folder: Path, gallery: Gallery
     for cost in ("upload_bytes", "server_seconds"):
         if len([row for row in scored if cost in row.costs]) > 1:
             sections.append(_against_cost(board, cost, gallery))
+    drawn = [picture for row, run in runs for picture in drawn_pictures(run, gallery, method_title(row.method))]
+    if drawn:
+        sections.append(Section("drawn", "What the models draw", DRAWN_TEXT, drawn))
     if runs:
         sections.append(_by_method(board, runs, gallery))
     if board.rows:
@@ -177,6 +182,7 @@ def _by_method(board: Board, runs: FirstRuns, gallery: Gallery) -> Section:
 
 def _board_costs(board: Board, folder: Path, gallery: Gallery) -> Section:
     best = leader(board.ranked)
+    scores = sorted({name for row in board.rows for name in row.metrics})
     rows = []
     for row in board.ranked:
         costs = row.costs
@@ -184,6 +190,7 @@ def _board_costs(board: Board, folder: Path, gallery: Gallery) -> Section:
             # A long label may break before its settings.
             Cell(shorten(method_title(row.method), 48).replace("[", "\u200b[")),
             Cell(score(row.accuracy, _spread(row)), "" if row.accuracy is None else repr(row.accuracy)),
+            *(Cell(metric_cell(name, row), repr(row.metrics.get(name, ""))) for name in scores),
             cell(costs.get("upload_bytes"), format_bytes),
             cell(costs.get("download_bytes"), format_bytes),
             cell(costs.get("exchanges"), format_count),
@@ -199,7 +206,8 @@ def _board_costs(board: Board, folder: Path, gallery: Gallery) -> Section:
         described = "Bytes and seconds of each method; the table holds the numbers."
         pictures.append(gallery.hang("costs", plots.cost_bars(board.ranked), described))
     text = "Upload and download are per client, client time is of all clients together. A click on a heading sorts."
-    return Section("costs", "What each method costs", text, pictures, SortableTable(COST_COLUMNS, rows, sorted_by=1))
+    columns = (*COST_COLUMNS[:2], *map(metric_name, scores), *COST_COLUMNS[2:])
+    return Section("costs", "What each method costs", text, pictures, SortableTable(columns, rows, sorted_by=1))
 
 
 def _board_left(runs: FirstRuns) -> Section | None:

@@ -109,6 +109,7 @@ class Run:
         privacy: the guarantee and its words; empty where none was asked for.
         suspects: uploads that look wrong, in order of asking.
         attack: who attacked in this simulation, and how far they came; empty where nobody did.
+        metrics: further scores on the test set, by name.
     """
 
     method: str
@@ -130,6 +131,7 @@ class Run:
     privacy: Mapping[str, Any] = field(default_factory=dict)
     suspects: tuple[SuspectRow, ...] = ()
     attack: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def personal(self) -> bool:
@@ -157,6 +159,8 @@ class BoardRow:
         used_server_data: whether it looked at data of the server's own in these runs; ``None`` where nobody knows.
         varied: the settings that differ from row to row, with this row's values.
         attack_success: share of test examples that get the label that attackers want; ``None`` where there is none.
+        metrics: mean of further scores over seeds, by name.
+        metric_spreads: their sample standard deviations.
     """
 
     method: str
@@ -172,6 +176,8 @@ class BoardRow:
     used_server_data: bool | None = None
     varied: Mapping[str, Any] = field(default_factory=dict)
     attack_success: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    metric_spreads: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -275,6 +281,7 @@ def parse_run(
         privacy=_table(result.get("privacy")),
         suspects=tuple(read_suspects(result)),
         attack=_table(result.get("attack")),
+        metrics=_numbers(result.get("metrics")),
     )
 
 
@@ -375,6 +382,8 @@ def _board_row(table: Mapping[str, Any]) -> BoardRow:
         used_server_data=_truth(table.get("used_server_data")),
         varied=_table(table.get("varied")),
         attack_success=number(table.get("attack_success_mean")),
+        metrics=_numbers(table.get("metrics_mean")),
+        metric_spreads=_numbers(table.get("metrics_std")),
     )
 
 

@@ -9,11 +9,13 @@ from fedfuse.report.layout import Cell, Gallery, Row, Section, SortableTable
 from fedfuse.report.plots.curves import shown_exchanges
 from fedfuse.report.reading import Run
 from fedfuse.report.shared_sections import (
+    DRAWN_TEXT,
     EXCHANGE_COLUMNS,
     client_picture,
     client_words,
     confusion_picture,
     curve_pictures,
+    drawn_pictures,
     exchange_rows,
     facts_of,
     holdings_section,
@@ -22,7 +24,7 @@ from fedfuse.report.shared_sections import (
     origin_sections,
 )
 from fedfuse.report.units import DASH, format_bytes, format_count, format_percent, format_seconds, number
-from fedfuse.report.wording import privacy_facts, privacy_lines, score
+from fedfuse.report.wording import metric, metric_name, privacy_facts, privacy_lines, score
 
 MOST_EXCHANGES = 20
 MOST_SUSPECTS = 100
@@ -40,6 +42,7 @@ def run_tiles(run: Run) -> list[tuple[str, str]]:
     tiles = [
         ("mean accuracy" if run.personal else "test accuracy", score(run.accuracy)),
         ("attack success", format_percent(number(run.attack.get("success")))),
+        *((metric_name(name), metric(name, value)) for name, value in sorted(run.metrics.items())),
         ("client upload", format_bytes(costs.get("upload_bytes"))),
         ("exchanges", format_count(costs.get("exchanges"))),
         ("clients", f"{answered} of {len(known)}" if run.missing else str(len(known)) if known else DASH),
@@ -70,6 +73,9 @@ def run_sections(run: Run, gallery: Gallery) -> list[Section]:
         text = "One line a client, one panel an exchange."
         exchanges = list(dict.fromkeys(curve.exchange for curve in run.curves))
         sections.append(Section("curves", "How the clients learnt", text + _drawn(exchanges), curves))
+    drawn = drawn_pictures(run, gallery)
+    if drawn:
+        sections.append(Section("drawn", "What the model draws", DRAWN_TEXT, drawn))
     made = made_pictures(run, gallery)
     if made:
         text = "What the student learnt from, a class after another."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.report.reading import BoardRow, parse_board, parse_run
@@ -10,7 +11,7 @@ from fedfuse.report.suspects import suspect_lines
 from fedfuse.report.units import format_bytes as format_bytes
 from fedfuse.report.units import format_count, format_percent, in_words, number
 from fedfuse.report.units import format_seconds as format_seconds
-from fedfuse.report.wording import leader, privacy_lines, score
+from fedfuse.report.wording import leader, metric, metric_cell, metric_name, privacy_lines, score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +42,8 @@ def print_result(result: Mapping[str, Any], console: Console | None = None) -> N
     success = number(run.attack.get("success"))
     if success is not None:
         facts.add_row(ATTACK_COLUMN, format_percent(success))
+    for name, value in sorted(run.metrics.items()):
+        facts.add_row(metric_name(name), metric(name, value))
     facts.add_row("upload per client", format_bytes(run.costs.get("upload_bytes")))
     facts.add_row("download per client", format_bytes(run.costs.get("download_bytes")))
     facts.add_row("exchanges", format_count(run.costs.get("exchanges")))
@@ -93,9 +96,9 @@ def _print_setting(rows: Sequence[BoardRow], console: Console) -> None:
     table.add_column(COLUMNS[0], overflow="fold")
     for name in (*COLUMNS[1:-2], "time") if narrow else COLUMNS[1:]:
         table.add_column(name, justify="right", no_wrap=True)
-    attacked = any(row.attack_success is not None for row in rows)
-    if attacked:
-        table.add_column(ATTACK_COLUMN, justify="right")
+    more = more_columns(rows)
+    for name in more:
+        table.add_column(name, justify="right")
     best = leader(rows)
     for row in rows:
         cells = [escape(cell) for cell in board_cells(row)]
@@ -104,7 +107,7 @@ def _print_setting(rows: Sequence[BoardRow], console: Console) -> None:
             cells[-2:] = [format_seconds(sum(clocks) if clocks else None)]
         if row is best:
             cells[1] = f"[bold]{cells[1]}[/bold]"
-        table.add_row(*cells, *([format_percent(row.attack_success)] if attacked else []))
+        table.add_row(*cells, *(column(row) for column in more.values()))
     console.print(table)
 
 
@@ -133,17 +136,33 @@ def board_markdown(board: Mapping[str, Any]) -> str:
 
 def _setting_markdown(rows: Sequence[BoardRow]) -> str:
     best = leader(rows)
-    attacked = any(row.attack_success is not None for row in rows)
-    columns = (*COLUMNS, ATTACK_COLUMN) if attacked else COLUMNS
+    more = more_columns(rows)
+    columns = (*COLUMNS, *more)
     lines = [f"| {' | '.join(columns)} |", f"|:---|{'---:|' * (len(columns) - 1)}"]
     for row in rows:
         cells = [_escaped(cell) for cell in board_cells(row)]
         if row is best:
             cells[1] = f"**{cells[1]}**"
-        if attacked:
-            cells.append(format_percent(row.attack_success))
+        cells += [column(row) for column in more.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def more_columns(rows: Sequence[BoardRow]) -> dict[str, Callable[[BoardRow], str]]:
+    """The columns that only some comparisons have: how far attacks came, and scores beside the accuracy.
+
+    Args:
+        rows: of a board.
+
+    Returns:
+        Heading to what gives a row's cell.
+    """
+    columns: dict[str, Callable[[BoardRow], str]] = {}
+    if any(row.attack_success is not None for row in rows):
+        columns[ATTACK_COLUMN] = lambda row: format_percent(row.attack_success)
+    for name in sorted({name for row in rows for name in row.metrics}):
+        columns[metric_name(name)] = partial(metric_cell, name)
+    return columns
 
 
 def board_cells(row: BoardRow) -> list[str]:

@@ -12,7 +12,7 @@ from fedfuse.report.layout import Cell, Gallery, Row, Section, SortableTable, ce
 from fedfuse.report.reading import Board, BoardRow
 from fedfuse.report.shared_sections import origin_sections
 from fedfuse.report.units import format_bytes, format_percent, format_seconds, in_words, number, shorten
-from fedfuse.report.wording import leader, method_title, score
+from fedfuse.report.wording import leader, method_title, metric_cell, metric_name, score
 
 
 def varied_headline(board: Board) -> list[str]:
@@ -93,6 +93,7 @@ def varied_sections(board: Board, folder: Path, gallery: Gallery) -> list[Sectio
 def _table(board: Board, folder: Path) -> Section:
     best = {id(leader(part.rows)) for _, part in board.settings}
     attacked = any(row.attack_success is not None for row in board.rows)
+    scores = sorted({name for row in board.rows for name in row.metrics})
     rows = []
     for row in board.rows:
         values = [row.varied.get(key) for key in board.varied]
@@ -107,6 +108,7 @@ def _table(board: Board, folder: Path) -> Section:
                 "" if row.accuracy is None else repr(row.accuracy),
             ),
             *([cell(row.attack_success, format_percent)] if attacked else []),
+            *(Cell(metric_cell(name, row), repr(row.metrics.get(name, ""))) for name in scores),
             cell(row.costs.get("upload_bytes"), format_bytes),
             cell(row.costs.get("client_seconds"), format_seconds),
             cell(row.costs.get("server_seconds"), format_seconds),
@@ -114,7 +116,7 @@ def _table(board: Board, folder: Path) -> Section:
         rows.append(Row(cells, id(row) in best, _link(row, folder)))
     names = [key.rpartition(".")[2] for key in board.varied]
     attack = ("attack success",) if attacked else ()
-    columns = ("method", *names, "accuracy", *attack, "upload", "client time", "server time")
+    columns = ("method", *names, "accuracy", *attack, *map(metric_name, scores), "upload", "client time", "server time")
     text = "The best of each setting stands out. A click on a heading sorts; a name leads to the setting's own page."
     return Section("settings", "All methods on all settings", text, table=SortableTable(columns, rows))
 

@@ -24,29 +24,41 @@ _SPELLING = {
     "ensemble": "Ensemble",
     "fafi": "FAFI",
     "feature_ensemble": "Feature ensemble",
+    "fed_sb": "Fed-SB",
     "fedadam": "FedAdam",
     "fedavg": "FedAvg",
     "fedcvae": "FedCVAE",
     "feddf": "FedDF",
     "feddyn": "FedDyn",
+    "fedex_lora": "FedEx-LoRA",
     "fedfisher": "FedFisher",
+    "fedhm": "FedHM",
+    "fedit": "FedIT",
     "fedma": "FedMA",
     "fednova": "FedNova",
     "fedpft": "FedPFT",
     "fedprox": "FedProx",
     "fedsd2c": "FedSD2C",
     "fens": "FENS",
+    "ffa_lora": "FFA-LoRA",
+    "flexlora": "FlexLoRA",
+    "flora": "FLoRA",
     "fusefl": "FuseFL",
     "greedy_soup": "Greedy soup",
+    "heterofl": "HeteroFL",
+    "heterotune": "HeteroTune",
     "intactofl": "IntactOFL",
     "lda": "LDA",
     "linear_weights": "Linear weights",
     "local": "Local",
     "merge": "Merge",
     "otfusion": "OTFusion",
+    "pfedlora": "pFedLoRA",
     "prototypes": "Prototypes",
     "regmean": "RegMean",
     "scaffold": "SCAFFOLD",
+    "size_groups": "Size groups",
+    "smallest": "Smallest",
     "voting": "Voting",
 }
 
@@ -103,6 +115,51 @@ def score(accuracy: float | None, spread: float | None = None) -> str:
     if accuracy is None:
         return DASH
     return format_percent(accuracy) if spread is None else f"{100 * accuracy:.1f} ± {100 * spread:.1f} %"
+
+
+_SHARES = ("exact_match", "rouge", "recognised")
+
+
+def metric_name(name: str) -> str:
+    """What a further score is called in tables.
+
+    Args:
+        name: in ``result.json``.
+
+    Example:
+        >>> metric_name("exact_match")
+        'exact match'
+    """
+    return name.replace("_", " ")
+
+
+def metric(name: str, value: float | None, spread: float | None = None) -> str:
+    """A further score: shares in per cent, others as they are.
+
+    Args:
+        name: in ``result.json``.
+        value: ``None`` where nobody knows.
+        spread: standard deviation over seeds; ``None`` for one seed.
+
+    Example:
+        >>> metric("exact_match", 0.5), metric("perplexity", 12.3456, 0.1)
+        ('50.0 %', '12.35 ± 0.10')
+    """
+    if value is None:
+        return DASH
+    if name.startswith(_SHARES):
+        return score(value, spread)
+    return f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
+
+
+def metric_cell(name: str, row: BoardRow) -> str:
+    """A row's cell of a further score.
+
+    Args:
+        name: of the score.
+        row: of a board.
+    """
+    return metric(name, row.metrics.get(name), row.metric_spreads.get(name) if row.num_seeds > 1 else None)
 
 
 def privacy_lines(run: Run) -> list[str]:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfuse.core.examples import Examples
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model scores on some examples.
-
-    Args:
-        accuracy: fraction of right predictions, in [0, 1].
-        loss: mean cross-entropy.
-        confusion: counts, shape ``(num_classes, num_classes)``; rows are the true classes.
-    """
-
-    accuracy: float
-    loss: float
-    confusion: Tensor
+from fedfuse.core.judging import Draws, Generates, JudgesItself
+from fedfuse.core.judging import Evaluation as Evaluation
+from fedfuse.data.tokenizers import open_tokenizer
+from fedfuse.training.image_scores import with_drawings
+from fedfuse.training.text_scores import generation_scores
 
 
 def predict(
@@ -58,18 +48,33 @@ def predict(
     return joined.clone()
 
 
-def evaluate(module: nn.Module, examples: Examples, *, device: torch.device | str = "cpu") -> Evaluation:
-    """Accuracy, loss and confusion matrix of a classifier.
+def evaluate(
+    module: nn.Module, examples: Examples, *, device: torch.device | str = "cpu", writes_answers: bool = False
+) -> Evaluation:
+    """How good a model is.
 
     Args:
-        module: maps inputs to logits.
+        module: maps inputs to logits; or one that judges itself.
         examples: at least one.
         device: where.
+        writes_answers: also let a language model write answers, or a text-to-image model draw, as many as it asks
+            for; this takes long.
 
     Returns:
-        The scores.
+        Accuracy, loss and confusion matrix of a classifier; of others what they say of themselves.
     """
-    return score(predict(module, examples.x, device=device), examples.y)
+    if not isinstance(module, JudgesItself):
+        return score(predict(module, examples.x, device=device), examples.y)
+    module.to(device).eval()
+    with torch.inference_mode():
+        seen = module.judge(examples, device=device)
+        if writes_answers and isinstance(module, Draws):
+            return with_drawings(module, seen, examples, device=device)
+        if not (writes_answers and isinstance(module, Generates) and module.num_generated and module.tokenizer):
+            return seen
+        tokens = open_tokenizer(module.tokenizer)
+        answers = generation_scores(module.generate, tokens, examples.x, module.num_generated)
+    return replace(seen, metrics={**seen.metrics, **answers})
 
 
 def score(logits: Tensor, labels: Tensor) -> Evaluation:

@@ -247,6 +247,7 @@ def check_trains_privately(settings: LocalSGD, *, has_own_loss: bool) -> None:
             fix="use a method whose clients train by plain cross-entropy, or privacy.mechanism: local",
         )
     refused = {
+        "optimizer": (settings.optimizer != "sgd", "private training is stochastic gradient descent"),
         "patience": (settings.patience is not None, "early stopping looks at the data without noise"),
         "grad_clip_norm": (settings.grad_clip_norm is not None, "private training clips every example already"),
         "precision": (settings.precision != "fp32", "gradients of single examples are computed in fp32"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fedfuse.core.errors import ConfigError, DataError
 from fedfuse.core.examples import Examples
+from fedfuse.core.judging import HasObjective
 from fedfuse.core.seeding import Rng
 from fedfuse.data.augment import augment_batch
 from fedfuse.training.evaluation import evaluate
@@ -29,7 +30,8 @@ class LocalSGD:
             train divides them (see :meth:`share`), so that methods compare at equal local work.
         batch_size: examples per step, at least 1.
         learning_rate: above 0.
-        momentum: in [0, 1).
+        optimizer: ``sgd``, or ``adamw`` (Loshchilov and Hutter, ICLR 2019), as is usual for transformers.
+        momentum: of ``sgd``, in [0, 1).
         weight_decay: L2 penalty, 0 or more.
         schedule: ``constant``, or ``cosine`` down to 0 within each exchange.
         patience: epochs without a lower validation loss after which training stops and the best weights are put back;
@@ -44,6 +46,7 @@ class LocalSGD:
     num_epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 0.01
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
@@ -113,10 +116,10 @@ def train(
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
-    """Train a module in place by SGD; parameters that need no gradient stay.
+    """Train a module in place; parameters that need no gradient stay.
 
     Args:
-        module: maps ``(n, *input_shape)`` to logits ``(n, num_classes)``.
+        module: maps ``(n, *input_shape)`` to logits ``(n, num_classes)``, or knows its own objective.
         examples: the training part, in memory; whole batches are cut from it, never single examples.
         settings: how.
         rng: decides the order of examples and the augmentation.
@@ -124,7 +127,7 @@ def train(
         num_epochs: instead of ``settings.num_epochs``.
         augment: name of the augmentation.
         validation: watched after each epoch where there is any.
-        loss: ``(module, x, y)`` to a scalar; cross-entropy if left out.
+        loss: ``(module, x, y)`` to a scalar; the module's own objective, or cross-entropy, if left out.
         progress: called with (epochs done, epochs in all).
 
     Returns:
@@ -138,7 +141,7 @@ def train(
         raise DataError("there are no examples to train on", fix="give every client at least one training example")
     total = settings.num_epochs if num_epochs is None else num_epochs
     if settings.privacy is not None:
-        check_trains_privately(settings, has_own_loss=loss is not None)
+        check_trains_privately(settings, has_own_loss=loss is not None or isinstance(module, HasObjective))
         return train_privately(
             module,
             examples,
@@ -150,7 +153,7 @@ def train(
             augment=augment,
             progress=progress,
         )
-    objective = loss or _cross_entropy
+    objective = loss or plain_loss
     layout = torch.channels_last if settings.channels_last and examples.x.ndim == 4 else torch.contiguous_format
     module.to(device=device)
     if layout is torch.channels_last:
@@ -158,13 +161,7 @@ def train(
     run: nn.Module = torch.compile(module) if settings.compile else module  # type: ignore[assignment]
     x, y = examples.x.to(device), examples.y.to(device)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        trainable,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        fused=all(p.is_floating_point() for p in trainable) or None,
-    )
+    optimizer = _optimizer(trainable, settings)
     rates = iter(step_rates(settings, len(examples), total))
     curves: dict[str, list[float]] = {"train_loss": []}
     best: tuple[float, dict[str, Tensor]] | None = None
@@ -211,6 +208,20 @@ def train(
         module.load_state_dict(best[1])
     module.to(device="cpu")
     return {name: torch.tensor(values) for name, values in curves.items()}
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: LocalSGD) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=bool(parameters) or None
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=all(p.is_floating_point() for p in parameters) or None,
+    )
 
 
 def step_rates(settings: LocalSGD, num_examples: int, num_epochs: int) -> list[float]:
@@ -265,5 +276,15 @@ def batches(num_examples: int, batch_size: int, generator: torch.Generator) -> I
         yield part if len(part) > 1 else part.repeat(2)
 
 
-def _cross_entropy(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(module(x).float(), y)
+def plain_loss(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What a module learns where a method adds nothing: its own objective, or cross-entropy.
+
+    Args:
+        module: the module.
+        x: inputs, shape ``(n, *input_shape)``.
+        y: labels, shape ``(n,)``.
+
+    Returns:
+        A scalar, the mean over the batch.
+    """
+    return module.objective(x, y) if isinstance(module, HasObjective) else F.cross_entropy(module(x).float(), y)
