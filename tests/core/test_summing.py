@@ -191,9 +191,19 @@ def test_a_method_that_looks_at_single_uploads_is_refused_before_anybody_is_aske
     assert str(caught.value) == (
         f'the method "{NAME}_heir" needs to see single uploads\n'
         "  where: federation.secure_aggregation\n"
-        f"  fix:   leave this section out, or use one of: afl, fedadam, fedavg, fedprox, prototypes, {NAME}"
+        "  fix:   leave this section out, or use one of: "
+        f"afl, fedadam, fedavg, fedit, fedprox, ffa_lora, prototypes, {NAME}"
     )
-    assert methods_that_need_only_sums() == ["afl", "fedadam", "fedavg", "fedprox", "prototypes", NAME]
+    assert methods_that_need_only_sums() == [
+        "afl",
+        "fedadam",
+        "fedavg",
+        "fedit",
+        "fedprox",
+        "ffa_lora",
+        "prototypes",
+        NAME,
+    ]
 
 
 def test_a_task_that_is_not_declared_is_refused() -> None:

@@ -333,7 +333,7 @@ def test_a_method_that_needs_single_uploads_is_refused(name: str, settings: dict
     assert str(caught.value) == (
         f'the method "{name}" needs to see single uploads\n'
         "  where: federation.secure_aggregation\n"
-        "  fix:   leave this section out, or use one of: afl, fedadam, fedavg, fedprox, prototypes"
+        "  fix:   leave this section out, or use one of: afl, fedadam, fedavg, fedit, fedprox, ffa_lora, prototypes"
     )
     assert watched.performed == []
 

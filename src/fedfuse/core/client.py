@@ -16,14 +16,19 @@ from typing import Any
 import torch
 
 from fedfuse.core.artifact import ModelSpec
+from fedfuse.core.coding import Coding, codec_of
 from fedfuse.core.errors import FedfuseError, JournalError, PayloadError, TaskError, UploadRefused
 from fedfuse.core.examples import ClientData
 from fedfuse.core.files import write_atomically
+from fedfuse.core.known import Known
 from fedfuse.core.payload import Payload, matches
 from fedfuse.core.registry import METHODS
 from fedfuse.core.release import release
 from fedfuse.core.seeding import Rng
 from fedfuse.core.settings import from_json
+
+_UNSENT = ".unsent"
+"""After a question's key: the state that the codec keeps, apart from the task's."""
 
 
 def _silent(done: int, total: int) -> None:
@@ -68,6 +73,8 @@ class Request:
         answer_key: content key of the answer; names the state that the task leaves behind.
         payload: the encoded message.
         release: what is done to the upload before it leaves, for differential privacy; empty is nothing.
+        codec: how the upload is said in fewer bytes after that; empty is not at all.
+        unsent: answer key of the exchange after which the client kept what the codec left out; empty for the first.
     """
 
     method: str
@@ -80,6 +87,8 @@ class Request:
     answer_key: str
     payload: bytes
     release: Mapping[str, Any] = field(default_factory=dict)
+    codec: Mapping[str, Any] = field(default_factory=dict)
+    unsent: str = ""
 
 
 @dataclass(frozen=True)
@@ -259,6 +268,8 @@ def perform(request: Request, side: ClientSide, progress: Callable[[int, int], N
             )
         if request.release:
             upload = release(upload, request.release, request.payload, side.model, rng)
+        if request.codec:
+            upload = _coded(upload, request, side, rng)
         data = upload.encode()
     except (Exception, SystemExit) as error:  # whatever a task of anybody's does, it costs only this client
         reason = (
@@ -278,6 +289,16 @@ def perform(request: Request, side: ClientSide, progress: Callable[[int, int], N
         peak_rss_bytes=peak_rss_bytes(),
         answer_key=request.answer_key,
     )
+
+
+def _coded(upload: Payload, request: Request, side: ClientSide, rng: Rng) -> Payload:
+    """The upload in the codec's words; what these leave out is kept for the next answer to the same task."""
+    coding = Coding(codec_of(request.codec), Known.of(request.payload, side.model))
+    unsent = side.states.load(side.id, f"{request.unsent}{_UNSENT}" if request.unsent else "")
+    coded, left = coding.encode(upload, unsent, rng)
+    if coding.codec.keeps_unsent:
+        side.states.save(side.id, f"{request.answer_key}{_UNSENT}", left)
+    return coded
 
 
 def _last_place(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,11 +18,13 @@ from torch import Tensor
 from fedfuse.core import VERSION
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import Reply, Request
+from fedfuse.core.coding import Coding, check_codec, codec_of
 from fedfuse.core.errors import ConfigError, QuorumError, TaskError, UploadRefused
 from fedfuse.core.expecting import Expectation, check_upload
 from fedfuse.core.fixed_point import SumSettings
 from fedfuse.core.guarantee import Releases
 from fedfuse.core.journal import Entry, Journal, content_key
+from fedfuse.core.known import Known
 from fedfuse.core.ledger import Ledger, LedgerEntry
 from fedfuse.core.method import Method, Task, TaskSpec, task_spec
 from fedfuse.core.payload import Payload, Value
@@ -141,6 +143,7 @@ class _Overdue:
     spec: TaskSpec
     request: Request
     expect: Callable[[str], Expectation] | Expectation | None
+    coding: Coding | None
 
 
 class Cohort:
@@ -158,6 +161,8 @@ class Cohort:
         progress: called with (exchange, client id, clients done, clients in all, fraction of this client's work).
         releases: what is done to every upload before it leaves its client, part of every question, and the account of
             it; nothing is done if left out.
+        codec: how every upload is said in fewer bytes after that, see :func:`~fedfuse.core.coding.codec_terms`; part
+            of every question. Empty sends uploads as they are.
     """
 
     def __init__(
@@ -173,6 +178,7 @@ class Cohort:
         log: Callable[[Mapping[str, Any]], None] = lambda facts: None,
         progress: Callable[[str, str, int, int, float], None] = lambda *facts: None,
         releases: Releases | None = None,
+        codec: Mapping[str, Any] | None = None,
     ) -> None:
         self._runtime, self._method, self._model_of, self._seed = runtime, method, model_of, seed
         self.journal = journal if journal is not None else Journal()
@@ -181,12 +187,17 @@ class Cohort:
         self._log, self._progress = log, progress
         self.releases = releases or Releases()
         self._release = self.releases.terms()
+        self._codec = dict(codec or {})
+        self._coder = codec_of(self._codec) if self._codec else None
+        check_codec(self._codec, self._release.get("mechanism"))
         if self.terms.secure_aggregation is not None:
-            check_secure_aggregation(method, self._release.get("mechanism"))
+            check_secure_aggregation(method, self._release.get("mechanism"), self._codec.get("codec", ""))
         self._facts = dict(sorted(runtime.clients().items()))
         for client_id in self._facts:
             check_client_id(client_id)
         self._lineage: dict[str, str] = {}
+        self._unsent: dict[tuple[str, str], str] = {}
+        self._first_weights: dict[str, Mapping[str, Tensor]] = {}
         self._model_digests: dict[str, str] = {}
         self._overdue: dict[str, _Overdue] = {}
         self.missing: dict[str, str] = {}
@@ -247,9 +258,13 @@ class Cohort:
         entries: dict[str, Entry] = {}
         missing: dict[str, str] = {}
         pending: dict[str, Request] = {}
+        codings: dict[str, Coding | None] = {}
+        decoded: dict[int, Payload] = {}
         for request in self._requests(spec, key, messages):
+            codings[request.client_id] = self._coding(request, decoded)
             found = self.journal.get(request.answer_key)
             if found is not None:
+                found = _seen(found, codings[request.client_id])
                 self._accept(spec, request, found, entries, from_journal=True)
                 self._progress(key, request.client_id, len(entries), len(messages), 1.0)
             else:
@@ -275,8 +290,10 @@ class Cohort:
                 try:
                     if reply.upload is None:
                         raise UploadRefused(reply.error)
-                    self._check(spec, reply, expect)
+                    coding = codings[reply.client_id]
+                    self._check(spec, reply, expect, coding)
                     entry = self.journal.put(asked.answer_key, reply.upload, self._entry_facts(spec, asked, reply))
+                    entry = _seen(entry, coding)
                 except UploadRefused as refusal:
                     missing[reply.client_id] = str(refusal)
                     self._count(asked, _nothing(reply), from_journal=False)
@@ -286,7 +303,9 @@ class Cohort:
         for client_id in sorted(set(pending) - set(entries) - set(missing)):
             missing[client_id] = "no reply"
             self._count(pending[client_id], _nothing(Reply(client_id)), from_journal=False)
-            self._overdue[pending[client_id].answer_key] = _Overdue(spec, pending[client_id], expect)
+            self._overdue[pending[client_id].answer_key] = _Overdue(
+                spec, pending[client_id], expect, codings[client_id]
+            )
         self.waited_s += time.perf_counter() - start
         self.missing.update({c: f"{key}: {reason}" for c, reason in sorted(missing.items())})
         for client_id in sorted(missing):
@@ -365,7 +384,7 @@ class Cohort:
         try:
             if reply.upload is None:
                 raise UploadRefused(reply.error)
-            self._check(overdue.spec, reply, overdue.expect)
+            self._check(overdue.spec, reply, overdue.expect, overdue.coding)
         except UploadRefused as refusal:
             self._log({"event": "late reply refused", **facts, "reason": str(refusal)})
         else:
@@ -429,6 +448,9 @@ class Cohort:
         }
         if self._release:
             question["release"] = self._release
+        unsent = self._unsent.get((client_id, spec.identity), "")
+        if self._codec:
+            question["upload"] = {**self._codec, "unsent": unsent}
         return Request(
             method=self._method.name,
             settings=settings,
@@ -440,6 +462,8 @@ class Cohort:
             answer_key=content_key(question),
             payload=data,
             release=self._release,
+            codec=self._codec,
+            unsent=unsent,
         )
 
     def _entry_facts(self, spec: TaskSpec, request: Request, reply: Reply) -> dict[str, Any]:
@@ -460,6 +484,8 @@ class Cohort:
         entries[client_id] = entry
         if spec.keeps_state:
             self._lineage[client_id] = request.answer_key
+        if self._coder is not None and self._coder.keeps_unsent:
+            self._unsent[client_id, spec.identity] = request.answer_key
         self._count(request, entry.facts, from_journal=from_journal)
         self.uploads.setdefault(request.exchange, {})[client_id] = entry.facts["sha256"]
         upload = entry.open()
@@ -493,10 +519,32 @@ class Cohort:
         )
         self.ledger.add(entry, facts["peak_rss_bytes"], stored_bytes=stored_bytes)
 
-    def _check(self, spec: TaskSpec, reply: Reply, expect: Callable[[str], Expectation] | Expectation | None) -> None:
+    def _coding(self, request: Request, decoded: dict[int, Payload]) -> Coding | None:
+        """How the answer to a question is coded; a message that several clients get is decoded once."""
+        if self._coder is None:
+            return None
+        # Decoded, because the method may go on and change what it sent.
+        if id(request.payload) not in decoded:
+            decoded[id(request.payload)] = Payload.decode(request.payload)
+
+        def first() -> Mapping[str, Tensor]:
+            digest = self._model_digests[request.client_id]
+            if digest not in self._first_weights:
+                self._first_weights[digest] = self._model_of(request.client_id).build().state_dict()
+            return self._first_weights[digest]
+
+        return Coding(self._coder, Known(decoded[id(request.payload)], first))
+
+    def _check(
+        self,
+        spec: TaskSpec,
+        reply: Reply,
+        expect: Callable[[str], Expectation] | Expectation | None,
+        coding: Coding | None,
+    ) -> None:
         assert reply.upload is not None
         wanted = expect(reply.client_id) if callable(expect) else expect
-        check_upload(reply.client_id, reply.upload, spec.uploads, wanted, self.terms.max_upload_bytes)
+        check_upload(reply.client_id, reply.upload, spec.uploads, wanted, self.terms.max_upload_bytes, coding)
 
     def _needed(self, asked: int, quorum: float | None) -> int:
         return max(1, math.ceil((self.terms.quorum if quorum is None else quorum) * asked - 1e-9))
@@ -520,6 +568,11 @@ class Cohort:
             where=str(self.journal.folder or "memory"),
             fix="mend the clients and run the same command again (what came is kept), or lower federation.quorum",
         )
+
+
+def _seen(entry: Entry, coding: Coding | None) -> Entry:
+    """An entry that opens as what its codes say; what the journal keeps is what crossed."""
+    return entry if coding is None else replace(entry, view=coding.open)
 
 
 def _nothing(reply: Reply) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedfuse.core.coding import plain_key
 from fedfuse.core.payload import Payload, matches
 
 
@@ -41,7 +42,10 @@ def upload_rows(upload: bytes, declared: Mapping[str, str]) -> list[UploadRow]:
     """
     rows = []
     for key, value in Payload.decode(upload).items():
-        what = next((text for pattern, text in declared.items() if matches(key, [pattern])), "")
+        own_key = plain_key(key)
+        what = next((text for pattern, text in declared.items() if matches(own_key, [pattern])), "")
+        if own_key != key:
+            what = f"in a code: {what}" if what else "part of a code"
         if isinstance(value, Tensor):
             kind, shape = str(value.dtype).removeprefix("torch."), " x ".join(map(str, value.shape)) or "one number"
             rows.append(UploadRow(key, kind, shape, value.numel() * value.element_size(), what))
@@ -60,4 +64,6 @@ def refused_key(upload: bytes, patterns: list[str]) -> str | None:
     Returns:
         The key; ``None`` if all may leave.
     """
-    return next((key for key in Payload.decode(upload) if matches(key, patterns)), None)
+    # A code says what its tensor says.
+    own_keys = (plain_key(key) for key in Payload.decode(upload))
+    return next((key for key in own_keys if matches(key, patterns)), None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedfuse.core.coding import Coding, plain_key
 from fedfuse.core.errors import PayloadError, UploadRefused
 from fedfuse.core.payload import Payload, Value, matches, read_header
 
@@ -34,7 +35,12 @@ class TensorSpec:
 
 
 def check_upload(
-    client_id: str, data: bytes, declared: Mapping[str, str], expect: Expectation | None, max_upload_bytes: int
+    client_id: str,
+    data: bytes,
+    declared: Mapping[str, str],
+    expect: Expectation | None,
+    max_upload_bytes: int,
+    coding: Coding | None = None,
 ) -> None:
     """Refuse an upload that is not what the task declared and the server expects.
 
@@ -43,7 +49,8 @@ def check_upload(
         data: the encoded upload.
         declared: patterns of keys that the task may upload.
         expect: shapes, dtypes and scalar types by key; ``None`` if the server cannot know.
-        max_upload_bytes: largest size that is accepted.
+        max_upload_bytes: largest size that is accepted, as it crossed and as it is read.
+        coding: how uploads are coded; ``None`` where they are not.
 
     Raises:
         UploadRefused: the reason, with client and key.
@@ -64,10 +71,16 @@ def check_upload(
         # The header alone tells undeclared keys and wrong shapes before any tensor is made.
         header = read_header(data)
         keys = [key for key in header if key != "__metadata__"]
-        undeclared = sorted(key for key in keys if not matches(key, declared))
+        own_key = plain_key if coding else str
+        undeclared = sorted(own_key(key) for key in keys if not matches(own_key(key), declared))
         if undeclared:
             raise refuse("the key was not declared", undeclared[0])
-        payload = Payload.decode(data)
+        payload: Mapping[str, Value] = Payload.decode(data)
+        if coding is not None:
+            # A few bytes may stand for a large tensor: how large is told before it is made.
+            payload = opened = coding.open(payload)
+            if opened.num_bytes > limit:
+                raise refuse(f"its codes stand for {opened.num_bytes:,} bytes, more than the limit of {limit:,}")
     except PayloadError as error:
         raise refuse(error.what) from None
     undeclared = [key for key in payload if not matches(key, declared)]
@@ -79,7 +92,11 @@ def check_upload(
         for key in sorted(set(payload) - set(expect)):
             if not key.startswith("curve/"):
                 raise refuse("the key was not expected", key)
-    for key, value in payload.items():
+    for key in payload:
+        try:
+            value = payload[key]
+        except PayloadError as error:
+            raise refuse(error.what, key) from None
         reason = _excess(key, value, max_upload_bytes) or _mismatch(value, expect.get(key) if expect else None)
         if reason:
             raise refuse(reason, key)

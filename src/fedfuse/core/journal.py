@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,24 @@ class Entry:
         facts: exchange, client, task, seconds, bytes and digest of the upload.
         path: the upload's file; ``None`` if it is held in memory.
         data: the upload's bytes where there is no file.
+        view: turns what crossed into the upload, where it was coded.
     """
 
     key: str
     facts: Mapping[str, Any]
     path: Path | None = None
     data: bytes = b""
+    view: Callable[[Mapping[str, Value]], Mapping[str, Value]] | None = None
 
     def open(self) -> Mapping[str, Value]:
         """The upload, read lazily from its file where there is one."""
-        return PayloadFile(self.path) if self.path else Payload.decode(self.data)
+        crossed = PayloadFile(self.path) if self.path else Payload.decode(self.data)
+        return crossed if self.view is None else self.view(crossed)
 
     def payload(self) -> Payload:
         """The whole upload in memory."""
-        return Payload.decode(self.path.read_bytes() if self.path else self.data)
+        crossed = Payload.decode(self.path.read_bytes() if self.path else self.data)
+        return crossed if self.view is None else Payload(self.view(crossed))
 
 
 class Journal:

@@ -127,6 +127,7 @@ MODELS: Registry[Any] = Registry("model", "fedfuse.models")
 RECIPES: Registry[Any] = Registry("recipe", "fedfuse.models")
 RUNTIMES: Registry[Any] = Registry("runtime", "fedfuse.runtimes")
 ATTACKS: Registry[Any] = Registry("attack", "fedfuse.data.attacks")
+CODECS: Registry[Any] = Registry("codec", "fedfuse.core.codecs")
 
 register_rule = RULES.register
 register_adapter_rule = ADAPTER_RULES.register
@@ -136,3 +137,4 @@ register_model = MODELS.register
 register_recipe = RECIPES.register
 register_runtime = RUNTIMES.register
 register_attack = ATTACKS.register
+register_codec = CODECS.register

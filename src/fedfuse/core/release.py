@@ -15,6 +15,7 @@ from torch import Tensor
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.errors import ConfigError, DataError, TaskError
 from fedfuse.core.gaussian import gaussian_noise_multiplier
+from fedfuse.core.known import Known
 from fedfuse.core.noise import Noise
 from fedfuse.core.payload import Payload, Value, matches
 from fedfuse.core.seeding import Rng
@@ -178,7 +179,7 @@ def release(upload: Payload, terms: Mapping[str, Any], message: bytes, model: Mo
         DataError: it is not finite.
     """
     agreed = from_json(ReleaseTerms, terms, where="privacy")
-    known = _Known(Payload.decode(message), model, agreed.mechanism)
+    known = Known.of(message, model)
     found, moves = Payload(), {}
     for key, value in upload.items():
         kind = sort_of(key, value, agreed)
@@ -189,9 +190,9 @@ def release(upload: Payload, terms: Mapping[str, Any], message: bytes, model: Mo
         elif kind == "released":
             assert isinstance(value, Tensor)
             if value.is_floating_point():
-                moves[key] = value.double() - known.reference(key, value, torch.zeros_like(value)).double()
+                moves[key] = value.double() - _start_or_zeros(known, key, value).double()
             else:
-                found[key] = known.reference(key, value)
+                found[key] = _start(known, key, value, agreed.mechanism)
     if agreed.mechanism == "trained":
         if SPENT not in upload:
             raise TaskError(
@@ -207,7 +208,7 @@ def release(upload: Payload, terms: Mapping[str, Any], message: bytes, model: Mo
     noise = Noise(rng.private_key("release", *facts))
     for key, move in moves.items():
         original = upload.tensor(key)
-        value = known.reference(key, original, torch.zeros_like(original)).double() + factor * move
+        value = _start_or_zeros(known, key, original).double() + factor * move
         if std:
             value = with_noise(key, value, std, noise)
         found[key] = value.to(original.dtype)
@@ -298,22 +299,13 @@ def _constant(key: str, value: Value, constants: Mapping[str, bool | int | float
     return type(value)(constant)
 
 
-class _Known:
-    """What client and server both know: what was sent, and the model's first weights."""
+def _start_or_zeros(known: Known, key: str, value: Tensor) -> Tensor:
+    found = known.start_of(key, value)
+    return torch.zeros_like(value) if found is None else found
 
-    def __init__(self, message: Payload, model: ModelSpec, mechanism: Mechanism) -> None:
-        self._message, self._model, self._mechanism = message, model, mechanism
-        self._first: Mapping[str, Tensor] | None = None
 
-    def reference(self, key: str, value: Tensor, default: Tensor | None = None) -> Tensor:
-        """A known tensor of the same key, shape and kind; else the default, or an error where there is none."""
-        found = self._message.get(key)
-        if not isinstance(found, Tensor) and key.startswith("model/"):
-            if self._first is None:
-                self._first = self._model.build().state_dict()
-            found = self._first.get(key.removeprefix("model/"))
-        if isinstance(found, Tensor) and found.shape == value.shape and found.dtype == value.dtype:
-            return found.to(value.device)
-        if default is None:
-            raise _unnamed(key, "whole numbers, which get no noise", self._mechanism)
-        return default
+def _start(known: Known, key: str, value: Tensor, mechanism: Mechanism) -> Tensor:
+    found = known.start_of(key, value)
+    if found is None:
+        raise _unnamed(key, "whole numbers, which get no noise", mechanism)
+    return found

@@ -48,16 +48,23 @@ def methods_that_need_only_sums() -> list[str]:
     return [name for name in METHODS.names() if METHODS.get(name).summed_tasks()]
 
 
-def check_secure_aggregation(method: Method, mechanism: str | None) -> None:
+def check_secure_aggregation(method: Method, mechanism: str | None, codec: str = "") -> None:
     """Refuse what secure aggregation cannot serve, before anybody is asked.
 
     Args:
         method: whose server would get sums.
         mechanism: of differential privacy; ``None`` is none.
+        codec: that uploads are said in; empty is none.
 
     Raises:
-        ConfigError: the server of this method, or of this kind of privacy, needs single uploads.
+        ConfigError: the server of this method, or of this kind of privacy or codec, needs single uploads.
     """
+    if codec:
+        raise ConfigError(
+            f'codes of "{codec}" cannot be added up unseen',
+            where="upload.codec",
+            fix="leave the section upload out, or federation.secure_aggregation",
+        )
     if not type(method).summed_tasks():
         raise ConfigError(
             f'the method "{method.name}" needs to see single uploads',

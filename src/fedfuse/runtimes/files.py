@@ -195,6 +195,8 @@ def read_request(sealed: Sealed, client_id: str, facts: ClientFacts) -> Request:
             answer_key=str(asked["answer_key"]),
             payload=sealed.part(str(asked["payload"])),
             release=dict(asked["release"]),
+            codec=dict(asked["codec"]),
+            unsent=str(asked["unsent"]),
         )
     except (KeyError, TypeError, ValueError):
         raise SealError("the request is incomplete", fix="ask the server's operator to make it again") from None

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fedfuse.core.artifact import ModelSpec
 from fedfuse.core.client import Reply, Request
+from fedfuse.core.coding import Coding, codec_of
 from fedfuse.core.cohort import ClientFacts, Runtime
+from fedfuse.core.known import Known
 from fedfuse.core.payload import Payload
 from fedfuse.core.seeding import Rng
 
@@ -94,9 +96,17 @@ class HostileRuntime:
         asked = {request.client_id: request for request in requests}
         for reply in self._inner.exchange(requests, timeout_s=timeout_s, progress=progress):
             if reply.client_id in self._hostile and reply.client_id in asked and reply.upload is not None:
-                upload = self._forged(Payload.decode(reply.upload), asked[reply.client_id])
+                upload = self._forged_as_sent(Payload.decode(reply.upload), asked[reply.client_id])
                 reply = dataclasses.replace(reply, upload=upload.encode())
             yield reply
+
+    def _forged_as_sent(self, upload: Payload, request: Request) -> Payload:
+        """What a hostile client sends: forged, and then in the codec's words where there is one."""
+        if not request.codec:
+            return self._forged(upload, request)
+        coding = Coding(codec_of(request.codec), Known.of(request.payload, self._model_of(request.client_id)))
+        forged = self._forged(Payload(coding.open(upload)), request)
+        return coding.encode(forged, Payload(), Rng(request.seed).child("attack"))[0]
 
     def _forged(self, upload: Payload, request: Request) -> Payload:
         sent = Payload.decode(request.payload)
