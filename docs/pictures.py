@@ -26,6 +26,7 @@ SCHEMES = {
     "iid": ("iid", {}),
     "dirichlet, alpha 1": ("dirichlet", {"dirichlet_alpha": 1.0}),
     "dirichlet, alpha 0.1": ("dirichlet", {"dirichlet_alpha": 0.1}),
+    "embedding, alpha 0.1": ("embedding", {"dirichlet_alpha": 0.1}),
     "shards, 2 per client": ("shards", {"num_shards_per_client": 2}),
     "quantity_skew": ("quantity_skew", {}),
     "long_tail, factor 50": ("long_tail", {"imbalance_factor": 50}),

@@ -125,9 +125,9 @@ class ArrowSettings:
             if part is not None:
                 check_columns(used, part.names, "columns", where=part.where)
         # Classes are numbered over all rows, so that they do not change with a limit.
-        labels = [_column(part.read([label], None), label, part.where) for part, _ in parts if part is not None]
+        labels = [column_values(part.read([label], None), label, part.where) for part, _ in parts if part is not None]
         y, y_test, class_names = encode_labels(
-            labels[0], labels[1] if test is not None else None, _class_names(train.features.get(label)), where=name
+            labels[0], labels[1] if test is not None else None, class_names_of(train.features.get(label)), where=name
         )
         others = [column for column in train.names if column not in used]
         columns: dict[str, np.ndarray] = {}
@@ -141,11 +141,11 @@ class ArrowSettings:
                     fix="set channels to 1 or 3",
                 )
             x, x_test = to_unit_range(x), None if x_test is None else to_unit_range(x_test)
-            kept = [column for column in others if _is_scalar(train, column)]
+            kept = [column for column in others if is_scalar(train, column)]
         else:
             features = [column for column in others if column not in self.ignore_columns]
             tables = [
-                {c: _column(t, c, part.where) for c in features}
+                {c: column_values(t, c, part.where) for c in features}
                 for part, n in parts
                 if part is not None
                 for t in [part.read(features, n)]
@@ -156,7 +156,7 @@ class ArrowSettings:
             kept = others
         if kept:
             table = train.read(kept, limit)
-            columns = {column: _fact(table, column) for column in kept}
+            columns = {column: column_facts(table, column) for column in kept}
         return Dataset(
             train=Examples(x, y[:limit]),
             test=None if x_test is None or y_test is None else Examples(x_test, y_test[:test_limit]),
@@ -222,7 +222,15 @@ def _type(feature: Any) -> str:
     return str(feature.get("_type", "")) if isinstance(feature, Mapping) else ""
 
 
-def _class_names(feature: Any) -> tuple[str, ...]:
+def class_names_of(feature: Any) -> tuple[str, ...]:
+    """Names of the classes of a column of labels.
+
+    Args:
+        feature: the column's Hugging Face feature, as JSON; ``None`` where unknown.
+
+    Returns:
+        In label order; empty where it names none.
+    """
     names = feature.get("names") if _type(feature) == "ClassLabel" else None
     return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else ()
 
@@ -231,7 +239,13 @@ def _holds_bytes(kind: Any) -> bool:
     return str(kind) in ("binary", "large_binary") or (str(kind).startswith("struct<") and "bytes: binary" in str(kind))
 
 
-def _is_scalar(part: ArrowPart, column: str) -> bool:
+def is_scalar(part: ArrowPart, column: str) -> bool:
+    """Whether a column holds one number or text per row.
+
+    Args:
+        part: where it is.
+        column: its name.
+    """
     types = optional_module("pyarrow.types", package="pyarrow", extra="data")
     kind = part.read([column], 0).schema.field(column).type
     return bool(
@@ -258,8 +272,20 @@ def _image_item(value: Any, row: int, column: str, where: str) -> ImageItem:
     )
 
 
-def _column(table: Any, name: str, where: str) -> np.ndarray:
-    """A column as numbers, texts, or numbers of shape ``(n, width)``; a gap is an error."""
+def column_values(table: Any, name: str, where: str) -> np.ndarray:
+    """A column as numbers, texts, or numbers of shape ``(n, width)``.
+
+    Args:
+        table: a pyarrow table.
+        name: of the column.
+        where: what error messages call the data.
+
+    Returns:
+        One entry per row.
+
+    Raises:
+        DataError: there is a gap, or it holds something else.
+    """
     types = optional_module("pyarrow.types", package="pyarrow", extra="data")
     column = table.column(name)
     if types.is_dictionary(column.type):
@@ -290,8 +316,16 @@ def _column(table: Any, name: str, where: str) -> np.ndarray:
     )
 
 
-def _fact(table: Any, name: str) -> np.ndarray:
-    """A column that only names things; a gap is the name "missing"."""
+def column_facts(table: Any, name: str) -> np.ndarray:
+    """A column that only names things.
+
+    Args:
+        table: a pyarrow table.
+        name: of the column.
+
+    Returns:
+        Whole numbers or texts; a gap is the text "missing".
+    """
     values = table.column(name).to_pylist()
     if values and all(isinstance(value, int) for value in values):
         return np.array(values, dtype=np.int64)

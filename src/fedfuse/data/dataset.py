@@ -29,6 +29,7 @@ class Dataset:
         columns: further facts about each training example, by name, shape ``(len(train),)``; natural clients are
             made from them.
         is_image: whether the inputs are images.
+        is_coded: whether the inputs are codes, such as the tokens of a text, whose scale must stay as it is.
         name: short name; known normalisation constants are found by it.
 
     Raises:
@@ -40,6 +41,7 @@ class Dataset:
     class_names: tuple[str, ...]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     is_image: bool = False
+    is_coded: bool = False
     name: str = "data"
 
     def __post_init__(self) -> None:

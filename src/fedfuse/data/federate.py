@@ -19,7 +19,7 @@ from fedfuse.data.dataset import Dataset
 from fedfuse.data.from_python import from_python
 from fedfuse.data.labels import LabelSetting, LabelTables, Numbering
 from fedfuse.data.normalize import Normalization, resolve_normalization
-from fedfuse.data.partitions.assignment import Partition, check_assignment, client_ids
+from fedfuse.data.partitions.assignment import Embed, Partition, SeesInputs, check_assignment, client_ids
 from fedfuse.data.resizing import resized
 from fedfuse.data.server import HeldOut, check_server_data, server_inputs, unlabelled
 from fedfuse.data.splitting import stratified_split
@@ -84,6 +84,7 @@ def federate(
     server_is_labelled: bool = False,
     labels: LabelSetting | None = None,
     resize: int | None = None,
+    embed: Embed | None = None,
 ) -> FederatedData:
     """Split a data set over clients.
 
@@ -103,6 +104,7 @@ def federate(
         labels: own name of a class to the common name, for all clients and the test part; under a client's id, a
             table of that client's own.
         resize: side in pixels that all images are brought to; ``None`` keeps the images' own.
+        embed: makes vectors of the training examples by a model, for partitions that go by them.
 
     Returns:
         Clients in sorted order.
@@ -116,11 +118,14 @@ def federate(
     augment = _resolve_augment(augment, dataset)
     normalization = resolve_normalization(normalize, dataset)
     kept, held = _server_part(dataset, server, seed)
+    columns = dict(dataset.columns)
+    if isinstance(partition, SeesInputs):
+        columns |= partition.columns_of(dataset, embed)
     found = partition.assign(
         dataset.train.y.numpy()[kept],
         dataset.num_classes,
         Rng(seed).child("partition").numpy(),
-        {name: column[kept] for name, column in dataset.columns.items()},
+        {name: column[kept] for name, column in columns.items()},
     )
     positions = {client_id: kept[rows] for client_id, rows in check_assignment(found, len(kept)).items()}
     dataset = _with_common_classes(dataset, positions, LabelTables.of(labels))

@@ -151,8 +151,8 @@ def resolve_normalization(
 
     Args:
         setting: ``auto`` (known constants where the data set's name is known, else measured on its training part; the
-            latter needs all data in one place), ``none``, the name of a well-known data set, a table with lists
-            ``mean`` and ``std``, or the numbers themselves.
+            latter needs all data in one place; codes are left alone), ``none``, the name of a well-known data set, a
+            table with lists ``mean`` and ``std``, or the numbers themselves.
         dataset: what is normalised.
 
     Returns:
@@ -173,7 +173,7 @@ def resolve_normalization(
                 fix="give it mean and std, one list of numbers each",
             )
         chosen = Normalization(tuple(float(v) for v in setting["mean"]), tuple(float(v) for v in setting["std"]))
-    elif setting == "none":
+    elif setting == "none" or (setting == "auto" and dataset.is_coded):
         chosen = Normalization()
     elif setting == "auto":
         known = known_normalization(dataset.name) if dataset.is_image else None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from fedfuse.core.errors import DataError
+from fedfuse.data.dataset import Dataset
+
+Embed: TypeAlias = Callable[[Dataset], Tensor]
+"""Makes a vector of every training example by a model, shape ``(n, d)``."""
 
 
 class Partition(Protocol):
@@ -23,6 +28,23 @@ class Partition(Protocol):
             num_classes: number of classes.
             rng: where all random choices are drawn from.
             columns: further facts about each example, shape ``(n,)`` each.
+        """
+        ...
+
+
+@runtime_checkable
+class SeesInputs(Protocol):
+    """A partition that goes by what the inputs hold, not by labels and columns alone."""
+
+    def columns_of(self, dataset: Dataset, embed: Embed | None = None) -> Mapping[str, np.ndarray]:
+        """Further facts about each training example, for :meth:`Partition.assign`.
+
+        Args:
+            dataset: whose training examples; the same for every seed.
+            embed: makes vectors by a model, where there is one.
+
+        Returns:
+            Columns by name, shape ``(n,)`` each.
         """
         ...
 

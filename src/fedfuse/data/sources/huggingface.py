@@ -49,8 +49,20 @@ class HuggingFace(ArrowSettings):
             ConfigError: a split or a column that was set is not there, or none can be found.
             DataError: the data cannot be reached, or its content cannot be used.
         """
+        train, test = self.parts()
+        return self.dataset(train, test, Path(self.name).name, limit, test_limit)
+
+    def parts(self) -> tuple[HuggingFacePart, HuggingFacePart | None]:
+        """Open the data, before anything is read of it.
+
+        Returns:
+            The training part and the test part, where there is one.
+
+        Raises:
+            ConfigError: there is no such split.
+            DataError: the data cannot be reached.
+        """
         splits = self._splits()
-        name = Path(self.name).name
         for setting, split in (("train_split", self.train_split), ("test_split", self.test_split)):
             is_default_test = setting == "test_split" and split == "test" and self.test_fraction
             if split and split not in splits and not is_default_test:
@@ -60,8 +72,7 @@ class HuggingFace(ArrowSettings):
                 raise ConfigError(f'{setting}: there is no split "{split}"', where=self.name, fix=fix)
         test = splits.get(self.test_split) if self.test_split else None
         train_part = HuggingFacePart(splits[self.train_split], f"{self.name}, {self.train_split}")
-        test_part = None if test is None else HuggingFacePart(test, f"{self.name}, {self.test_split}")
-        return self.dataset(train_part, test_part, name, limit, test_limit)
+        return train_part, None if test is None else HuggingFacePart(test, f"{self.name}, {self.test_split}")
 
     def _splits(self) -> Mapping[str, Any]:
         datasets = optional_module("datasets", package="datasets", extra="data")

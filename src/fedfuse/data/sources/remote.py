@@ -41,9 +41,10 @@ class Remote:
                 where="data.input_shape",
                 fix="write [channels, height, width] for images, or [num_features]",
             )
-        if len(set(self.class_names)) != len(self.class_names) or len(self.class_names) < 2:
+        # One is enough for texts that are of one kind.
+        if len(set(self.class_names)) != len(self.class_names) or not self.class_names:
             raise ConfigError(
-                "the names of the classes are fewer than two, or one stands twice",
+                "the names of the classes are missing, or one stands twice",
                 where="data.class_names",
                 fix="name each class once, in the order of the model's outputs",
             )
