@@ -202,3 +202,21 @@ def test_one_adapter_comes_back_as_it_is() -> None:
     rest = FedEx(residual="apart").fuse([part, part], [0.5, 0.5], "w").residual
     assert rest is not None
     assert rest.rank == 0
+
+
+def test_decomposed_gives_orthonormal_vectors_also_where_values_are_zero() -> None:
+    wide = factors(6, 5, 2, 0)
+    padded = Factors(
+        torch.cat([wide.left, torch.zeros(6, 2).double()], 1), torch.cat([wide.right, torch.zeros(2, 5).double()])
+    )
+    u, s, vh = lora.decomposed(padded, 3)
+    torch.testing.assert_close(u.T @ u, torch.eye(3).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(vh @ vh.T, torch.eye(3).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(s[:2], torch.linalg.svdvals(wide.product())[:2], rtol=0, atol=1e-12)
+    assert s[2] < 1e-12
+    torch.testing.assert_close((u * s) @ vh, wide.product(), rtol=0, atol=1e-12)
+
+
+def test_compressed_drops_what_the_tolerance_calls_rounding() -> None:
+    values = Factors(torch.eye(3).double(), torch.diag(torch.tensor([1.0, 1e-3, 1e-9]).double()))
+    assert [lora.compressed(values, t).rank for t in (1e-14, 1e-7, 1e-2)] == [3, 2, 1]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedfuse.core.artifact import Recipe, build
 from fedfuse.core.errors import ModelError
+from fedfuse.core.judging import JudgesItself
 from fedfuse.core.registry import register_recipe
 
 COMBINE = ("mean_logits", "mean_probabilities", "vote", "label_count")
@@ -35,6 +36,7 @@ class Ensemble(nn.Module):
         super().__init__()
         if combine not in COMBINE:
             raise ModelError(f'there is no ensemble "{combine}"', fix=f"use one of {', '.join(COMBINE)}")
+        check_classifies(members)
         self.members, self.combine, self.recipes = nn.ModuleList(members), combine, list(recipes)
         self.weights: Tensor
         # Shape (num_members, num_classes): how much each member counts for each class.
@@ -67,6 +69,23 @@ class Ensemble(nn.Module):
         """What rebuilds the ensemble."""
         facts = {"combine": self.combine, "num_classes": int(self.weights.shape[1])}
         return {"kind": "ensemble", "members": self.recipes, **facts}
+
+
+def check_classifies(members: Sequence[nn.Module]) -> None:
+    """Refuse models that have no classes to combine.
+
+    Args:
+        members: models.
+
+    Raises:
+        ModelError: one writes text or draws pictures.
+    """
+    if any(isinstance(member, JudgesItself) for member in members):
+        raise ModelError(
+            "models that write or draw have no classes to combine",
+            where="method.name",
+            fix="use a method that fuses weights, such as fedavg, or fedit and flora for adapters",
+        )
 
 
 @register_recipe("ensemble")

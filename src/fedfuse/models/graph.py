@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fedfuse.core.artifact import ModelSpec, Recipe, detached_state, load_state
 from fedfuse.core.errors import ArtifactError, FedfuseError, ModelError
-from fedfuse.core.registry import register_recipe
+from fedfuse.core.registry import RECIPES, register_recipe
 from fedfuse.core.seeding import Rng
 from fedfuse.models.graph_net import build_graph, lookup
 from fedfuse.models.layers import (
@@ -234,7 +234,10 @@ def user_spec(
         module = _module(module_or_factory)
         example = torch.randn((3, *input_shape), generator=Rng(seed).torch("example input"))
         _check_output(module, example, num_classes)
-    recipe = describe(module, example)
+    # A foundation model carries the recipe of its base.
+    own = getattr(module, "recipe", None)
+    has_own = isinstance(own, Mapping) and own.get("kind") in RECIPES.names()
+    recipe = own if has_own else describe(module, example)
     return ModelSpec(
         recipe={"kind": "opaque", "name": type(module).__name__} if recipe is None else recipe,
         seed=seed,

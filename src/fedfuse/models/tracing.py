@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedfuse.core.errors import ModelError
+from fedfuse.models.foundation.foundation import Foundation
 
 _FIX = "write it as an nn.Sequential of its blocks, or without control flow that depends on the input"
 
@@ -51,6 +52,12 @@ def trace(module: nn.Module) -> fx.Graph:
         ModelError: the module's own forward cannot be traced, or does different things in training and evaluation
             that are no layers.
     """
+    if any(isinstance(part, Foundation) for part in module.modules()):
+        raise ModelError(
+            "a foundation model is not cut into blocks, and its channels are not matched",
+            where="method.name",
+            fix="use a method for adapters, such as fedit, flora or afl",
+        )
     in_other_mode = copy.deepcopy(module).train(not module.training)
     try:
         graph = _Tracer().trace(module)

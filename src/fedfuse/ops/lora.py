@@ -156,18 +156,39 @@ def truncated(factors: Factors, rank: int) -> Factors:
         >>> truncated(wide, 2).product().diag().round(decimals=9).tolist()
         [3.0, 2.0, 0.0]
     """
+    u, s, vh = decomposed(factors, rank)
+    roots = s.sqrt()
+    return Factors(u * roots, roots[:, None] * vh)
+
+
+def decomposed(factors: Factors, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of a change, and their vectors, without building it.
+
+    Args:
+        factors: the change.
+        rank: how many, at least 0; there are no more than the factors' own rank and the smaller dimension.
+
+    Returns:
+        Left vectors, shape ``(d_out, rank)``; values, shape ``(rank,)``, the largest first; right vectors, shape
+        ``(rank, d_in)``. Vectors are orthonormal also where values are 0.
+
+    Example:
+        >>> wide = Factors(torch.eye(3).double(), torch.diag(torch.tensor([1.0, 3.0, 2.0])).double())
+        >>> decomposed(wide, 2)[1].round(decimals=9).tolist()
+        [3.0, 2.0]
+    """
     q_left, r_left = torch.linalg.qr(factors.left)
     q_right, r_right = torch.linalg.qr(factors.right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    roots = s[:rank].sqrt()
-    return Factors((q_left @ u[:, :rank]) * roots, roots[:, None] * (vh[:rank] @ q_right.T))
+    return q_left @ u[:, :rank], s[:rank], vh[:rank] @ q_right.T
 
 
-def compressed(factors: Factors) -> Factors:
+def compressed(factors: Factors, tolerance: float = 1e-14) -> Factors:
     """The same change with the lowest rank that it can have; singular values that are rounding are dropped.
 
     Args:
         factors: the change.
+        tolerance: largest singular value that counts as rounding, relative to the product of the factors' norms.
 
     Returns:
         Balanced factors; of rank 0 where the change is zero beside its factors.
@@ -175,7 +196,7 @@ def compressed(factors: Factors) -> Factors:
     found = truncated(factors, factors.rank)
     values = found.left.square().sum(0)
     scale = float(factors.left.norm() * factors.right.norm())
-    num_kept = int((values > 1e-14 * max(scale, torch.finfo(torch.float64).tiny)).sum())
+    num_kept = int((values > tolerance * max(scale, torch.finfo(torch.float64).tiny)).sum())
     return Factors(found.left[:, :num_kept], found.right[:num_kept])
 
 

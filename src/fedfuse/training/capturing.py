@@ -40,7 +40,8 @@ class Curvature:
 def dense_layers(module: nn.Module, example: Tensor) -> dict[str, nn.Linear | nn.Conv2d]:
     """Linear and ungrouped two-dimensional convolutional layers that inputs really pass through.
 
-    Layers whose weights are tied to others are left out, and so are layers that only lend their weights.
+    Layers whose weights are tied to others are left out, and so are layers that only lend their weights, and those
+    of a frozen base, whose weights are no part of the module's state.
 
     Args:
         module: tried out in evaluation mode.
@@ -49,12 +50,14 @@ def dense_layers(module: nn.Module, example: Tensor) -> dict[str, nn.Linear | nn
     Returns:
         Name to layer, in the module's order.
     """
+    state = module.state_dict()
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     layers = {
         name: layer
         for name, layer in module.named_modules()
         if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
         and uses[id(layer.weight)] == 1
+        and (f"{name}.weight" if name else "weight") in state
     }
     module.eval()
     with torch.no_grad(), _captured(layers) as seen:

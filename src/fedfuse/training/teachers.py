@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedfuse.core.artifact import Recipe, detached_state
 from fedfuse.core.errors import ModelError
 from fedfuse.core.payload import Payload
+from fedfuse.models.ensemble import check_classifies
 from fedfuse.ops.distillation import batchnorm_distance, channel_moments
 
 
@@ -42,6 +43,7 @@ class Teachers:
     ) -> None:
         if not models:
             raise ModelError("there is nobody to learn from", fix="give at least one model")
+        check_classifies(models)
         self.models = [model.to(device).eval().requires_grad_(False) for model in models]
         for model in self.models:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
