@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from fedfuse.core.client import ClientSide, Reply, Request
 from fedfuse.core.cohort import ClientFacts
-from fedfuse.core.registry import METHODS, RUNTIMES, register_runtime
+from fedfuse.core.registry import METHODS, MODELS, RUNTIMES, SOURCES, register_runtime
+from fedfuse.core.settings import from_json
 from fedfuse.runtimes.local import LocalRuntime
 
 CONFIG: dict[str, Any] = {
@@ -50,18 +57,103 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ccvr": {"head": {"num_draws": 50, "num_epochs": 2}},
     "fedpft": {"backbone": {"num_features": 64}, "head_training": {"num_epochs": 3}},
     "lda": {"backbone": {"num_features": 64}},
+    "cellm": {"num_rounds": 2},
     "fedavg": {"num_rounds": 2},
+    "fedkseed": {"num_rounds": 2, "num_seeds": 64, "local": {"num_steps": 12}},
+    "ferret": {"num_rounds": 2, "num_coordinates": 256},
     "fedprox": {"num_rounds": 2},
     "fedadam": {"num_rounds": 2},
     "feddyn": {"num_rounds": 2},
     "fednova": {"num_rounds": 2},
     "scaffold": {"num_rounds": 2},
     "fens": {"num_rounds": 4},
+    "fed_sb": {"num_rounds": 2},
+    "fedex_lora": {"num_rounds": 2},
+    "ffa_lora": {"num_rounds": 2},
+    "flexlora": {"num_rounds": 2},
+    "flora": {"num_rounds": 2},
     "linear_weights": {"num_rounds": 4},
 }
 """Settings that a method needs to be run on so little; a new method usually needs none."""
 
 TRAINS = {"local": {"num_epochs": 2, "batch_size": 32}}
+
+_LITTLE_BERT = {
+    "family": "transformers",
+    "config": {
+        "model_type": "bert",
+        "vocab_size": 17,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+    },
+    "peft": {"kind": "lora", "rank": 2},
+}
+
+SPECIAL_MODELS: dict[str, dict[str, Any]] = {
+    "fed_sb": _LITTLE_BERT,
+    "fedex_lora": _LITTLE_BERT,
+    "fedit": _LITTLE_BERT,
+    "ffa_lora": _LITTLE_BERT,
+    "flexlora": _LITTLE_BERT,
+    "flora": _LITTLE_BERT,
+}
+"""Models of methods that cannot use the network on digits; theirs read the digits as 16 tokens."""
+
+_NUM_TOKENS = 16
+_HOME = tempfile.TemporaryDirectory(prefix="fedfuse-conformance-")
+
+
+@cache
+def token_file() -> str:
+    """An archive with the digits as tokens: how dark each square of 2 x 2 pixels is, from 0 to 16."""
+    dataset = SOURCES.get("digits")().load()
+    arrays: dict[str, Any] = {}
+    for end, part in (("", dataset.train), ("_test", dataset.test)):
+        arrays[f"x{end}"] = (torch.nn.functional.avg_pool2d(part.x, 2).flatten(1) * 16).round().numpy()
+        arrays[f"y{end}"] = part.y.numpy()
+    file = Path(_HOME.name) / "tokens.npz"
+    np.savez(file, **arrays)
+    return str(file)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The configuration that a method is run on."""
+    config = {**CONFIG, "method": section(name)}
+    if name in SPECIAL_MODELS:
+        data = {**CONFIG["data"], "source": "npz", "path": token_file(), "normalize": "none"}
+        config |= {"data": data, "model": SPECIAL_MODELS[name]}
+    return config
+
+
+def inputs_of(name: str, num_inputs: int) -> Tensor:
+    """Some inputs as a method's models take them."""
+    draw = torch.Generator().manual_seed(0)
+    if name in SPECIAL_MODELS:
+        return torch.randint(0, 17, (num_inputs, _NUM_TOKENS), generator=draw).float()
+    return torch.rand(num_inputs, 1, 8, 8, generator=draw)
+
+
+def own_model(name: str, norm: str) -> Callable[[], torch.nn.Module]:
+    """A function that makes a model of four classes, for runs on data from Python."""
+    if name in SPECIAL_MODELS:
+        settings = {key: value for key, value in SPECIAL_MODELS[name].items() if key != "family"}
+        kind = from_json(MODELS.get(SPECIAL_MODELS[name]["family"]), settings, where="model")
+        return lambda: kind.build((_NUM_TOKENS,), 4)
+    family = MODELS.get("cnn")(width=4, depth=2, norm=norm)
+    return lambda: family.build((1, 8, 8), 4)
+
+
+def odd_clients(name: str) -> list[tuple[Tensor, Tensor]]:
+    """A client with one example, one with a single class, and one that lacks a class; inputs follow the labels."""
+    draw = torch.Generator().manual_seed(1)
+    labels = [torch.tensor([2]), torch.zeros(12, dtype=torch.int64), torch.arange(30) % 3]
+    if name in SPECIAL_MODELS:
+        drawn = [torch.randint(0, 6, (len(y), _NUM_TOKENS), generator=draw) for y in labels]
+        return [(tokens.float() + 4 * y.view(-1, 1), y) for tokens, y in zip(drawn, labels, strict=True)]
+    return [(torch.rand(len(y), 1, 8, 8, generator=draw) / 2 + y.view(-1, 1, 1, 1) / 6, y) for y in labels]
 
 
 def section(name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
-from conformance_federation import CONFIG, section
+from conformance_federation import config_of
 
 from fedfuse.core.client import ClientSide, Reply, Request
 from fedfuse.core.cohort import ClientFacts
@@ -43,7 +43,7 @@ class Deaf:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_question_needs_no_server(name: str) -> None:
-    config = read_config({**CONFIG, "method": section(name)})
+    config = read_config(config_of(name))
     setting = Loader(config).setting(config.seed)
     sides = {client_id: ClientSide(client_id, part, setting.model) for client_id, part in setting.data.clients.items()}
     facts = {client_id: ClientFacts(side.data.fingerprint) for client_id, side in sides.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedfuse.analysis.moves import measure_moves
 from fedfuse.core.artifact import ModelSpec
-from fedfuse.core.payload import Payload, Value
+from fedfuse.core.payload import Payload, Value, matches
 from fedfuse.rules.reading import Upload
 
 # All were chosen on honest runs of handwritten digits and a few attacks: docs/guides/robustness.md says what on.
@@ -29,6 +29,8 @@ _IN_COMMON = 4.0
 _RISING_LOSS = 1.5
 _FEWEST_COPIED = 64
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# Curves, and numbers of which the n-th means something else at each client: honest ones have nothing in common.
+_NOT_COMPARED = ("curve/*", "change/*", "projection/*", "seeds/*")
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ class Screening:
         moves, starts = [], {}
         for key in values:
             looks, name = source.looks(key), key.partition("/")[2]
-            if looks is None or not looks[1].is_floating_point or key.startswith("curve/") or not all(looks[0]):
+            if looks is None or not looks[1].is_floating_point or not all(looks[0]):
+                continue
+            if matches(key, _NOT_COMPARED):
                 continue
             if name in buffers or key.rpartition(".")[2] in _STATISTICS:
                 continue

@@ -16,6 +16,7 @@ from fedfuse.core.settings import to_json
 from fedfuse.methods.tasks import LocalTraining, client_artifact
 from fedfuse.models import family, spec
 from fedfuse.models.ensemble import Ensemble
+from fedfuse.models.foundation import is_foundation
 from fedfuse.training.distillation import Distillation, Learner
 from fedfuse.training.synthesis import Studio, Synthesis
 from fedfuse.training.teachers import Teachers
@@ -106,6 +107,16 @@ class DataFree(Distilling):
 
     synthesis: Synthesis = field(default_factory=Synthesis)
 
+    def fuse(self, cohort: Cohort, job: Job) -> Fused:
+        """Collect the models, make inputs, teach the student.
+
+        Args:
+            cohort: the clients.
+            job: says which model each client owns.
+        """
+        check_makes_inputs(job)
+        return super().fuse(cohort, job)
+
     def studio(self, teachers: Teachers, job: Job, **others: Any) -> Studio:
         """The engine for these teachers.
 
@@ -125,6 +136,23 @@ class DataFree(Distilling):
         """
         show_inputs(self.name, latest_inputs(studio), job)
         return self.taught(studio.learner, job)
+
+
+def check_makes_inputs(job: Job) -> None:
+    """Refuse models whose inputs cannot be made by following gradients, before any client works.
+
+    Args:
+        job: the common model.
+
+    Raises:
+        ConfigError: inputs are tokens.
+    """
+    if is_foundation(job.model):
+        raise ConfigError(
+            "inputs that are tokens cannot be made by gradients",
+            where="method.name",
+            fix="use a method for adapters, such as fedit or flora, or feddf with data: server",
+        )
 
 
 def student_of(student: Mapping[str, Any], job: Job) -> ModelSpec:

@@ -10,7 +10,7 @@ import torch
 from fedfuse.core.artifact import Artifact, detached_state
 from fedfuse.core.cohort import Cohort
 from fedfuse.core.method import Fused, Job, register_method
-from fedfuse.methods.tasks import LocalTraining, client_artifact
+from fedfuse.methods.tasks import LocalTraining, check_classifiers, client_artifact
 from fedfuse.models.ensemble import Ensemble
 
 
@@ -39,6 +39,7 @@ class EnsembleMethod(LocalTraining):
             cohort: the clients.
             job: says which model each client owns.
         """
+        check_classifiers(job)
         replies = self.local_models(cohort, job)
         artifacts = [client_artifact(job, client_id, replies[client_id]) for client_id in replies]
         net = Ensemble(

@@ -16,7 +16,14 @@ from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
 from fedfuse.core.method import Fused, Job, register_method
 from fedfuse.core.payload import Payload
-from fedfuse.methods.distilling import DataFree, check_numbers, client_teachers, note_statistics, open_studio
+from fedfuse.methods.distilling import (
+    DataFree,
+    check_makes_inputs,
+    check_numbers,
+    client_teachers,
+    note_statistics,
+    open_studio,
+)
 from fedfuse.methods.tasks import example_weights
 from fedfuse.models.generator import Pixels
 from fedfuse.rules import fuse_uploads
@@ -134,10 +141,11 @@ class FedDF(DataFree):
                 where="method.data",
                 fix="declare some with data: {server: ...}, or use data: synthetic or noise",
             )
+        if self.data == "server" or (self.data == "auto" and job.server_data is not None):
+            return "server"
+        check_makes_inputs(job)
         if self.data != "auto":
             return self.data
-        if job.server_data is not None:
-            return "server"
         return "synthetic" if len(job.model.input_shape) in (1, 3) else "noise"
 
     def _inputs(self, kind: Literal["server", "noise"], job: Job) -> Tensor:

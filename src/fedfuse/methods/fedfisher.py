@@ -18,6 +18,7 @@ from fedfuse.core.payload import Payload
 from fedfuse.methods.fedavg import check_homogeneous
 from fedfuse.methods.regmean import check_num_samples, layer_key, sample, stacked
 from fedfuse.methods.tasks import LocalTraining, mean_of_those, own_models
+from fedfuse.models.foundation import is_foundation
 from fedfuse.ops.curvature import Labels, diagonal_merge, kronecker_merge, logit_gradients
 from fedfuse.ops.moments import pack_symmetric, unpack_symmetric
 from fedfuse.training.capturing import curvature, dense_layers, matrix_of, put_matrix
@@ -105,6 +106,12 @@ class FedFisher(LocalTraining):
             job: the common model.
         """
         check_homogeneous(job)
+        if is_foundation(job.model):
+            raise ConfigError(
+                "the Fisher information of a foundation model is not computed",
+                where="method.name",
+                fix="use a method for adapters, such as fedit, flora or regmean",
+            )
         replies = self.local_models(cohort, job)
         first = job.model.build()
         layers = list(dense_layers(first, job.model.example_input())) if self.fisher == "kfac" else []

@@ -17,6 +17,8 @@ from fedfuse.core.payload import Payload
 from fedfuse.core.seeding import derive_seed
 from fedfuse.methods.heads import linear
 from fedfuse.models.blocks import Pieces, cut_spec
+from fedfuse.models.foundation import is_foundation
+from fedfuse.models.foundation.transformers import Features, TextClassifier
 from fedfuse.models.headed import DiagonalGaussians, Headed
 from fedfuse.models.random_features import RandomFeatures
 from fedfuse.training import LocalSGD, predict, train
@@ -49,6 +51,25 @@ class FrozenFeatures:
             spec: the model.
         """
         return cls(pieces.blocks[0], pieces.recipes[0], pieces.head.in_features, spec.template is not None)
+
+    @classmethod
+    def of_foundation(cls, spec: ModelSpec) -> FrozenFeatures:
+        """The features of a foundation model with its first weights.
+
+        Args:
+            spec: the model.
+
+        Raises:
+            ConfigError: it is no classifier.
+        """
+        model = spec.build()
+        if not isinstance(model, TextClassifier):
+            raise ConfigError(
+                "the model is no classifier, so it has no features for a head",
+                where="model.task",
+                fix="use task: encoder or sequence_classifier",
+            )
+        return cls(Features(model), {"kind": "foundation_features", "of": spec.recipe}, model.feature_width)
 
     def artifact(self, head: nn.Linear | DiagonalGaussians) -> Artifact:
         """The classifier of these features and a head.
@@ -106,7 +127,8 @@ class Backbone:
         kind = self.kind
         is_image = len(job.model.input_shape) == 3
         if kind == "auto":
-            is_pretrained = bool(job.model.initial) and not job.client_models
+            has_weights = bool(job.model.initial) or is_foundation(job.model)
+            is_pretrained = has_weights and not job.client_models
             kind = "model" if is_pretrained else "patches" if is_image else "relu"
         if kind == "model" and job.client_models:
             raise ConfigError(
@@ -131,6 +153,8 @@ class Backbone:
             message: what :meth:`message` gave.
         """
         kind = message.text("backbone/kind")
+        if kind == "model" and is_foundation(spec):
+            return FrozenFeatures.of_foundation(spec)
         if kind == "model":
             return FrozenFeatures.of(cut_spec(spec, 1).copy(), spec)
         seed = message["backbone/seed"]

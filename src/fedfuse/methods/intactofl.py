@@ -14,6 +14,7 @@ from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import ConfigError
 from fedfuse.core.method import Fused, Job, register_method
 from fedfuse.methods.distilling import (
+    check_makes_inputs,
     check_numbers,
     client_teachers,
     latest_inputs,
@@ -88,6 +89,7 @@ class IntactOFL(LocalTraining):
             cohort: the clients.
             job: says which model each client owns.
         """
+        check_makes_inputs(job)
         teachers = client_teachers(self.local_models(cohort, job), job)
         num_experts = len(teachers.models)
         gate = Gate(math.prod(job.model.input_shape), num_experts, math.ceil(self.top_fraction * num_experts - 1e-9))

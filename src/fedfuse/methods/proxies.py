@@ -15,7 +15,7 @@ from fedfuse.core.cohort import Cohort
 from fedfuse.core.errors import DataError
 from fedfuse.core.method import Fused, Job, client_task
 from fedfuse.core.payload import Payload
-from fedfuse.methods.tasks import LocalTraining, client_artifact
+from fedfuse.methods.tasks import LocalTraining, check_classifiers, client_artifact
 from fedfuse.models.combined import Combined
 from fedfuse.ops.quantize import pack_int8, unpack_int8
 from fedfuse.training import predict
@@ -53,6 +53,7 @@ class ProxyEnsemble(LocalTraining):
         Returns:
             The models as they are served, and the message.
         """
+        check_classifiers(job)
         replies = self.local_models(cohort, job)
         artifacts, message = [], Payload({"num_members": len(replies)})
         for position, client_id in enumerate(replies):

@@ -15,6 +15,8 @@ from fedfuse.core.errors import DataError
 from fedfuse.core.expecting import Expectation, TensorSpec
 from fedfuse.core.method import Job, Method, client_task
 from fedfuse.core.payload import Payload
+from fedfuse.models.ensemble import check_classifies
+from fedfuse.models.foundation import is_foundation
 from fedfuse.ops.moments import Moments, class_moments, pack_symmetric, unpack_symmetric
 from fedfuse.rules import fuse_uploads
 from fedfuse.rules.mean import Mean
@@ -167,6 +169,19 @@ def mean_of_those(replies: Replies, answered: Iterable[str]) -> tuple[Tensor, di
     shares = torch.tensor([weights[client_id] for client_id in chosen], dtype=torch.float64)
     shares = shares / shares.sum()
     return shares, fuse_uploads([uploads[client_id] for client_id in chosen], Mean(), shares.tolist())
+
+
+def check_classifiers(job: Job) -> None:
+    """Refuse models that have no classes to combine, before any client works.
+
+    Args:
+        job: says which model each client owns.
+
+    Raises:
+        ModelError: a model writes text or draws pictures.
+    """
+    specs = [job.model, *job.client_models.values()]
+    check_classifies([spec.build() for spec in specs if is_foundation(spec)])
 
 
 def client_artifact(job: Job, client_id: str, upload: Payload) -> Artifact:
