@@ -15,17 +15,20 @@ from fedfuse.core.errors import ArtifactError, did_you_mean
 from fedfuse.core.files import write_atomically
 from fedfuse.core.payload import Payload
 
+_FOLDERS = ("diffusers", "peft", "transformers")
+
 
 def export(path: Path, format_: str, out: Path | None = None) -> Path:
     """Write a fused model in another format and check that it gives the same numbers.
 
     Args:
         path: an artifact's or a run's folder.
-        format_: ``onnx``, ``safetensors`` or ``torch-export``.
-        out: the file to write; beside the artifact if left out.
+        format_: ``onnx``, ``safetensors`` or ``torch-export``; of a foundation model ``peft``, a folder with its
+            adapter, or ``transformers`` or ``diffusers``, a folder with the whole model.
+        out: the file or folder to write; beside the artifact if left out.
 
     Returns:
-        The file.
+        The file or folder.
 
     Raises:
         ArtifactError: the format is unknown, a part is not installed, or the exported model disagrees.
@@ -35,10 +38,13 @@ def export(path: Path, format_: str, out: Path | None = None) -> Path:
         "safetensors": ("weights.safetensors", _to_safetensors),
         "torch-export": ("model.pt2", _to_torch_export),
     }
-    if format_ not in writers:
-        raise ArtifactError(f'there is no format "{format_}"', where="--format", fix=did_you_mean(format_, writers))
+    if format_ not in (*writers, *_FOLDERS):
+        known = [*writers, *_FOLDERS]
+        raise ArtifactError(f'there is no format "{format_}"', where="--format", fix=did_you_mean(format_, known))
     folder = path if (path / "fused.json").exists() else path / "artifact"
     artifact = Artifact.read(folder)
+    if format_ in _FOLDERS:
+        return _to_folder(artifact.module(), format_, out or folder / format_)
     shape = artifact.info.get("input_shape")
     if not shape:
         raise ArtifactError(
@@ -50,6 +56,16 @@ def export(path: Path, format_: str, out: Path | None = None) -> Path:
     example = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0))
     write(artifact.module(), example, file)
     return file
+
+
+def _to_folder(module: nn.Module, format_: str, folder: Path) -> Path:
+    from fedfuse.models.foundation.saving import save_adapter, save_pictures, save_whole
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError("there is something already", where=str(folder), fix="name a new folder with --out")
+    writers = {"peft": save_adapter, "transformers": save_whole, "diffusers": save_pictures}
+    writers[format_](module, folder)
+    return folder
 
 
 def _to_safetensors(module: nn.Module, example: Tensor, file: Path) -> None:

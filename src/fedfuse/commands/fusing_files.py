@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedfuse.core.errors import ConfigError
+from fedfuse.core.places import local_folder
 from fedfuse.fusing import FusedAdapters, RuleRow, compare_rules, fuse, fuse_adapters
 from fedfuse.fusing.adapter import Adapter
 from fedfuse.fusing.files import is_adapter
 from fedfuse.fusing.measuring import ModuleError
-from fedfuse.fusing.places import local_folder
 from fedfuse.report.units import format_bytes, format_count, natural_key
 
 _MOST_ROWS = 30
@@ -55,8 +55,8 @@ def fuse_and_tell(
     if out is None and not compares:
         raise ConfigError("there is no folder for the result", where="--out", fix="give --out FOLDER")
     _refuse_contributions(paths)
-    name, values = _rule(method, settings)
-    shares = _numbers(weights)
+    name, values = rule_of(method, settings)
+    shares = numbers_of(weights)
     if compares:
         print_comparison(_compared(paths, shares, rank, str(values.get("base_model", "")), console), console)
     if out is None:
@@ -194,8 +194,19 @@ def _refuse_mixture(paths: Sequence[str]) -> None:
         raise ConfigError("this is no adapter", where=other, fix="name folders of adapters only, or whole models only")
 
 
-def _rule(method: str, settings: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """A rule's name and settings from ``name[key=value,...]`` and from ``key=value``."""
+def rule_of(method: str, settings: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """A rule's name and settings.
+
+    Args:
+        method: ``name[key=value,...]``; may be empty.
+        settings: ``key=value``.
+
+    Returns:
+        The name, and key to value.
+
+    Raises:
+        ConfigError: a word is no setting.
+    """
     name, _, inner = method.partition("[")
     words = [word for word in inner.removesuffix("]").split(",") if word.strip()]
     values = {}
@@ -213,7 +224,18 @@ def _rule(method: str, settings: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return name.strip(), values
 
 
-def _numbers(weights: str) -> list[float] | None:
+def numbers_of(weights: str) -> list[float] | None:
+    """Numbers that were given with commas between.
+
+    Args:
+        weights: may be empty.
+
+    Returns:
+        The numbers; nothing if there are none.
+
+    Raises:
+        ConfigError: a word is no number.
+    """
     if not weights.strip():
         return None
     try:

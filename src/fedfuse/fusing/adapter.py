@@ -12,7 +12,10 @@ from torch import Tensor
 
 from fedfuse.core.errors import ArtifactError
 from fedfuse.core.payload import PayloadFile
+from fedfuse.fusing.adapter_config import FILE as CONFIG_FILE
 from fedfuse.fusing.adapter_config import PREFIX, AdapterConfig
+from fedfuse.fusing.pipeline_file import ALPHA, read_config
+from fedfuse.fusing.pipeline_file import FILE as PIPELINE_FILE
 from fedfuse.ops.lora import Factors, is_finite
 from fedfuse.rules.reading import Upload
 
@@ -23,6 +26,9 @@ BIAS = ".lora_B.bias"
 # What PEFT calls the parts of one module's adapter.
 _LEFT = (".lora_B.weight", ".lora_embedding_B")
 _RIGHT = (".lora_A.weight", ".lora_embedding_A")
+# What diffusers and programs beside it call them in their own files.
+_PIPELINE_LEFT = (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".lora_up.weight")
+_PIPELINE_RIGHT = (".lora_A.weight", ".lora.down.weight", ".lora_linear_layer.down.weight", ".lora_down.weight")
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 
 
@@ -82,7 +88,7 @@ class Adapter:
     Used as a context manager: its file is open inside the block.
 
     Args:
-        folder: what ``save_pretrained`` of PEFT wrote.
+        folder: what ``save_pretrained`` of PEFT wrote, or ``save_lora_weights`` of a diffusers pipeline.
 
     Raises:
         ArtifactError: it is no LoRA adapter, or its file and its settings disagree.
@@ -90,8 +96,10 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = AdapterConfig.read(folder)
-        file = folder / FILE
+        self.is_pipeline = (folder / PIPELINE_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+        file = folder / (PIPELINE_FILE if self.is_pipeline else FILE)
+        self._tails = (_PIPELINE_LEFT, _PIPELINE_RIGHT) if self.is_pipeline else (_LEFT, _RIGHT)
+        self.config = read_config(file, _PIPELINE_RIGHT) if self.is_pipeline else AdapterConfig.read(folder)
         if not file.is_file():
             has_pickle = (folder / "adapter_model.bin").is_file()
             raise ArtifactError(
@@ -113,6 +121,11 @@ class Adapter:
 
     def __exit__(self, *error: object) -> None:
         self._upload.close()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that make it up."""
+        return (PIPELINE_FILE,) if self.is_pipeline else (CONFIG_FILE, FILE)
 
     @property
     def num_bytes(self) -> int:
@@ -238,7 +251,7 @@ class Adapter:
         """The modules' places by name, and the keys of tensors that are saved whole."""
         keys = set(self.file)
         modules: dict[str, Place] = {}
-        for left, right in zip(_LEFT, _RIGHT, strict=True):
+        for left, right in zip(*self._tails, strict=True):
             for key in sorted(keys):
                 if key.endswith(right):
                     stem = key.removesuffix(right)
@@ -250,10 +263,12 @@ class Adapter:
             for tail in (place.left, place.right, place.magnitude, BIAS if place.has_bias else "")
             if tail
         }
+        if self.is_pipeline:
+            used |= {name + ALPHA for name in modules}
         rest = sorted(keys - used)
         odd = next((key for key in rest if ".lora_" in key), None)
         if odd is not None:
-            is_left = any(odd.endswith(tail) for tail in _LEFT)
+            is_left = any(odd.endswith(tail) for tail in self._tails[0])
             raise ArtifactError(
                 f'the adapter has "{odd}" without its A' if is_left else f'the adapter has "{odd}", which is no LoRA',
                 where=str(self.folder),

@@ -66,10 +66,15 @@ class AdapterConfig:
         if not isinstance(table, dict):
             raise ArtifactError(f"{FILE} is broken: it is no table", where=str(folder), fix="copy the adapter again")
         config = cls(table, str(file))
-        config._check()
+        config.check()
         return config
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse settings that cannot be fused.
+
+        Raises:
+            ArtifactError: they are broken, or of a kind that cannot be fused.
+        """
         kind = self.table.get("peft_type")
         if kind != "LORA":
             raise ArtifactError(

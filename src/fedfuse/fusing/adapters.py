@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fedfuse.core.errors import ConfigError, ModelError, RegistryError, did_you_mean
 from fedfuse.core.files import write_atomically
+from fedfuse.core.places import local_folder
 from fedfuse.core.registry import ADAPTER_RULES, RULES
 from fedfuse.core.settings import from_json
 from fedfuse.core.streaming import TensorWriter
-from fedfuse.fusing.adapter import BIAS, FILE, Place
+from fedfuse.fusing.adapter import BIAS, Place
 from fedfuse.fusing.adapter_config import FILE as CONFIG_FILE
 from fedfuse.fusing.adapter_config import PREFIX
 from fedfuse.fusing.base_model import BaseModel
@@ -28,7 +29,6 @@ from fedfuse.fusing.card import card, facts_of
 from fedfuse.fusing.fusion import Fusion, open_fusion
 from fedfuse.fusing.joint_config import joint_config
 from fedfuse.fusing.measuring import ModuleError, measure, total
-from fedfuse.fusing.places import local_folder
 from fedfuse.ops.lora import Factors, is_finite, stacked
 from fedfuse.rules.adapters import AdapterRule, FusedChange, Tensorwise
 
@@ -122,6 +122,7 @@ def fuse_adapters(
     out: str | Path,
     measures: bool = True,
     hashes: bool = True,
+    names: Sequence[str] | None = None,
     **settings: Any,
 ) -> FusedAdapters:
     """Fuse LoRA adapters of PEFT into one folder that PEFT loads.
@@ -141,6 +142,7 @@ def fuse_adapters(
         out: folder of the result.
         measures: whether to measure the distance from the exact sum.
         hashes: whether to write down the SHA-256 of all that went in.
+        names: what the adapters are called in what is written, one per path; the paths if left out.
         settings: the rule's; with rules for tensors also ``on=factors``.
 
     Returns:
@@ -163,7 +165,7 @@ def fuse_adapters(
     folder = Path(out)
     if any(folder.resolve() == Path(path).resolve() for path in (*paths, *([] if base is None else [base]))):
         raise ConfigError("the result would lie on what it is made of", where=str(out), fix="name another folder")
-    with open_fusion(paths, weights, base_model=base_model, hashes=hashes) as fusion:
+    with open_fusion(paths, weights, base_model=base_model, hashes=hashes, names=names) as fusion:
         work = _Work(method, fusion, rule, folder, fusion.dtype if dtype == "auto" else _DTYPES[dtype], measures)
         onto = None
         if base is not None:
@@ -205,7 +207,7 @@ class _Work:
             self._write_config(self.folder, self.ranks, base_model, has_wholes=True)
             if self.residual_ranks:
                 self._write_config(self.folder / RESIDUAL, self.residual_ranks, base_model, has_wholes=False)
-        num_bytes = (self.folder / FILE).stat().st_size if self.rule.makes_adapter else 0
+        num_bytes = (self.folder / self.fusion.file_name).stat().st_size if self.rule.makes_adapter else 0
         result = FusedAdapters(self.folder, self.method, self.ranks, num_bytes, self.errors, tuple(self._notes()))
         facts = facts_of(
             result.method, settings, self.fusion, result.ranks, result.errors, result.notes, base_model=base_model
@@ -226,7 +228,7 @@ class _Work:
             place.prefix + module + tail for module, place in self.fusion.modules.items() for tail in _tails(place)
         ]
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(TensorWriter(self.folder / FILE, [*early, *names, *late]))
+            writer = stack.enter_context(TensorWriter(self.folder / self.fusion.file_name, [*early, *names, *late]))
             apart: TensorWriter | None = None
             for key in early:
                 writer.put(key, _rounded(self.fusion.whole(key), targets[key], key))
@@ -236,7 +238,7 @@ class _Work:
                 rest = change.residual
                 if rest is not None and rest.rank and self.rule.residual_goes == "apart":
                     if apart is None:
-                        apart = stack.enter_context(TensorWriter(self.folder / RESIDUAL / FILE, names))
+                        apart = stack.enter_context(TensorWriter(self.folder / RESIDUAL / self.fusion.file_name, names))
                     rest = self._put(apart, module, place, rest, self.residual_ranks)
                 if exact is not None:
                     found = saved if rest is None else stacked([saved, rest], [1.0, 1.0])
@@ -279,6 +281,9 @@ class _Work:
         return Factors(left.double().view(factors.left.shape), right.double().view(factors.right.shape))
 
     def _write_config(self, folder: Path, ranks: Mapping[str, int], base_model: str, *, has_wholes: bool) -> None:
+        if self.fusion.adapters[0].is_pipeline:
+            # A file without settings says by its form that every scale is 1.
+            return
         table = joint_config(self.fusion.adapters, ranks, base_model=base_model, has_wholes=has_wholes)
         write_atomically(folder / CONFIG_FILE, json.dumps(table, indent=2, sort_keys=True).encode())
 

@@ -40,6 +40,7 @@ def facts_of(
         "method": method,
         "settings": dict(settings),
         "base_model": base_model,
+        "library": "diffusers" if fusion.adapters[0].is_pipeline else "peft",
         "adapters": [
             {
                 "name": name,
@@ -71,7 +72,7 @@ def card(facts: Mapping[str, Any], *, is_adapter: bool) -> str:
     """
     ranks, error = sorted(set(facts["ranks"].values())), facts["relative_error"]
     front = ["---", *([f"base_model: {json.dumps(facts['base_model'])}"] if facts["base_model"] else [])]
-    front += ["library_name: peft" if is_adapter else "library_name: transformers", "tags:", "- fedfuse"]
+    front += [f"library_name: {facts['library']}" if is_adapter else "library_name: transformers", "tags:", "- fedfuse"]
     front += ["- lora"] if is_adapter else []
     what = "adapter" if is_adapter else "model"
     lines = [*front, "---", "", f"# A fused {what}", ""]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fedfuse.core.errors import ArtifactError, ConfigError
+from fedfuse.core.places import local_folder
 from fedfuse.fusing.adapter import FILE
 from fedfuse.fusing.adapter_config import FILE as CONFIG_FILE
 from fedfuse.fusing.adapters import fuse_adapters
 from fedfuse.fusing.checkpoints import fuse_checkpoints
-from fedfuse.fusing.places import local_folder
+from fedfuse.fusing.pipeline_file import FILE as PIPELINE_FILE
 
 
 def fuse(
@@ -31,7 +32,8 @@ def fuse(
 
     Args:
         paths: artifact folders, run folders, ``.safetensors`` files, folders of checkpoints in one file or several, or
-            folders of adapters as PEFT saves them. Where there is no such path: names on the Hugging Face hub.
+            folders of adapters as PEFT or diffusers save them. Where there is no such path: names on the Hugging Face
+            hub.
         method: name in the registry of rules, for adapters also of adapter rules; if left out ``mean``, for adapters
             ``flora``.
         weights: one per path; equal if left out.
@@ -65,7 +67,7 @@ def fuse(
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter as PEFT saves it, whole or not.
+    """Whether a folder holds an adapter as PEFT or a diffusers pipeline saves it, whole or not.
 
     Args:
         path: any path.
@@ -73,4 +75,4 @@ def is_adapter(path: Path) -> bool:
     Returns:
         Whether one of its files is there.
     """
-    return any((path / name).is_file() for name in (CONFIG_FILE, FILE, "adapter_model.bin"))
+    return any((path / name).is_file() for name in (CONFIG_FILE, FILE, PIPELINE_FILE, "adapter_model.bin"))
