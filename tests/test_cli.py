@@ -138,7 +138,9 @@ def test_words_that_make_no_command(cli: Callable[..., Done], words: list[str]) 
 # --- list
 
 
-@pytest.mark.parametrize("kind", ["methods", "partitions", "models", "sources", "runtimes", "rules", "attacks"])
+@pytest.mark.parametrize(
+    "kind", ["methods", "partitions", "models", "sources", "runtimes", "rules", "attacks", "codecs"]
+)
 def test_list_prints_a_name_and_a_line_each(cli: Callable[..., Done], kind: str) -> None:
     done = cli("list", kind)
     assert done.code == 0
@@ -163,6 +165,7 @@ def test_list_alone_prints_all_kinds(cli: Callable[..., Done]) -> None:
         "rules:",
         "adapter-rules:",
         "attacks:",
+        "codecs:",
     ]
 
 
@@ -172,7 +175,7 @@ def test_a_kind_that_there_is_not(cli: Callable[..., Done]) -> None:
         "",
         'error: there is no list of "method"\n'
         "  where: fedfuse list\n"
-        '  fix:   did you mean "methods"? known: adapter-rules, attacks, methods, models, '
+        '  fix:   did you mean "methods"? known: adapter-rules, attacks, codecs, methods, models, '
         "partitions, rules, runtimes, sources\n",
     )
 
@@ -376,7 +379,7 @@ def test_export_prints_the_file_that_it_wrote(cli: Callable[..., Done], run_fold
         2,
         "",
         'error: there is no format "onx"\n  where: --format\n'
-        '  fix:   did you mean "onnx"? known: onnx, safetensors, torch-export\n',
+        '  fix:   did you mean "onnx"? known: diffusers, onnx, peft, safetensors, torch-export, transformers\n',
     )
 
 

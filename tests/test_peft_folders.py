@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedfuse.fusing import fuse_adapters
+from fedfuse.fusing import add_adapter, fuse_adapters
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -138,8 +138,13 @@ def test_a_fused_folder_gives_the_logits_of_the_exact_sum(kind: str, weights: di
         errors[method] = fuse_adapters(folders, method=method, weights=shares, out=out, **settings).error.relative
         adapters = {"fedex": [str(out / "residual"), str(out)], "merge": []}.get(method, [str(out)])
         loads.append((str(out) if method == "merge" else base, adapters))
+    # A folder that grew, the other way round.
+    for path, share in zip(folders[::-1], shares[::-1], strict=True):
+        add_adapter(tmp_path / "growing", path, weight=share)
+    loads.append((base, [str(tmp_path / "growing")]))
     logits = in_a_fresh_process(_LOAD, str(tmp_path), kind, json.dumps(loads))
-    found = {method: distance(own, wanted) for (method, _), own in zip(cases, logits, strict=True)}
+    methods = [*(method for method, _ in cases), "growing"]
+    found = {method: distance(own, wanted) for method, own in zip(methods, logits, strict=True)}
     inexact = found.pop("average"), errors.pop("average")
     # Adapters and models are saved in single precision.
     assert max(found.values()) < 5e-6, found

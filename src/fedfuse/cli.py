@@ -85,6 +85,34 @@ def compare_command(
     typer.echo(f"report: {write_report(folder)}")
 
 
+@app.command("diagnose")
+def diagnose_command(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML configuration, or the folder of a finished run of one_round_probe.")
+    ],
+    rounds: Annotated[int, typer.Option(min=2, help="What one round is held against, at equal local work.")] = 10,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run one round and many too, and compare them on the test set.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from the configuration's.")] = 1,
+    set_: SetOption = [],  # noqa: B006
+    vary: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=VALUE,VALUE", help="Everything with each value, e.g. model.width=4,8,16."),
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The folder; the same command continues there.")] = None,
+) -> None:
+    """Say beforehand whether one round of averaging is enough, and why."""
+    from fedfuse.commands.diagnosing import diagnose_and_tell, print_diagnosis
+
+    with _live() as live:
+        table, page = diagnose_and_tell(
+            config, set_, num_rounds=rounds, measure=measure, vary=vary, seeds=seeds, out=out, observer=live
+        )
+    print_diagnosis(table)
+    typer.echo(f"report: {page}")
+
+
 @app.command("split")
 def split_command(
     config: ConfigArgument,
@@ -154,7 +182,7 @@ def fuse_command(
         typer.Argument(
             help="Adapters of PEFT, checkpoints or artifacts; with --config folders, URLs or files of contributions."
         ),
-    ],
+    ] = [],  # noqa: B006
     config: Annotated[
         Path | None, typer.Option(help="A federation's YAML configuration: fuse contributions that came as files.")
     ] = None,
@@ -162,7 +190,9 @@ def fuse_command(
         str,
         typer.Option(help="A rule such as flora, svd, average, fedex or ties; with --config a method; with settings."),
     ] = "",
-    weights: Annotated[str, typer.Option(help="One per path: 0.5,0.3,0.2; equal if left out.")] = "",
+    weights: Annotated[
+        str, typer.Option("--weights", "--weight", help="One per path: 0.5,0.3,0.2; equal if left out.")
+    ] = "",
     rank: Annotated[int | None, typer.Option(help="Of a fused adapter, for rules that choose one.")] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model, or the checkpoint that all began with, for rules that need it.")
@@ -174,8 +204,28 @@ def fuse_command(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of the rule or of the configuration.")
     ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Where the result comes; with --config the run's folder.")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="A growing folder that adapters join as they come, in any order.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What --into is to call the adapter; its folder's name if left out.")] = "",
+    drop: Annotated[list[str], typer.Option(metavar="NAME", help="An adapter that leaves --into.")] = [],  # noqa: B006
 ) -> None:
     """Fuse adapters and models that people already have, or with --config contributions that came as files."""
+    if into is not None:
+        if config is not None or out is not None or base is not None or compare:
+            raise ConfigError(
+                "a growing folder is its own result, of adapters alone",
+                where="--config, --out, --base, --compare",
+                fix="leave them out, or --into",
+            )
+        from fedfuse.commands.growing import grow_and_tell
+
+        grow_and_tell(paths, into, name=name, drop=drop, method=method, weights=weights, rank=rank, settings=set_)
+        return
+    if name or drop:
+        raise ConfigError("only a growing folder calls adapters by names", where="--name, --drop", fix="give --into")
+    if not paths:
+        raise ConfigError("there is nothing to fuse", where="fedfuse fuse", fix="name what is to be fused")
     if config is None:
         from fedfuse.commands.fusing_files import fuse_and_tell as fuse_files_and_tell
 
@@ -428,7 +478,8 @@ def list_command(
     what: Annotated[
         str,
         typer.Argument(
-            help="methods, partitions, models, sources, runtimes, rules, adapter-rules or attacks; all if left out."
+            help="methods, partitions, models, sources, runtimes, rules, adapter-rules, attacks or codecs; all if "
+            "left out."
         ),
     ] = "",
 ) -> None:
@@ -445,6 +496,7 @@ def list_command(
         "rules": registry.RULES,
         "adapter-rules": registry.ADAPTER_RULES,
         "attacks": registry.ATTACKS,
+        "codecs": registry.CODECS,
     }
     if what and what not in kinds:
         raise ConfigError(f'there is no list of "{what}"', where="fedfuse list", fix=did_you_mean(what, kinds))
@@ -481,13 +533,54 @@ def report_command(folder: Annotated[Path, typer.Argument(help="A run's or a com
 @app.command("export")
 def export_command(
     artifact: Annotated[Path, typer.Argument(help="An artifact's or a run's folder.")],
-    format_: Annotated[str, typer.Option("--format", help="onnx, safetensors or torch-export.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; beside the artifact if left out.")] = None,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format", help="onnx, safetensors, torch-export; of foundation models peft, transformers, diffusers."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file or folder to write; beside the artifact if left out.")
+    ] = None,
 ) -> None:
     """Write a fused model in a format that other software runs, and check that it gives the same numbers."""
     from fedfuse.commands.exporting import export
 
     typer.echo(f"wrote {export(artifact, format_, out)}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    artifact: Annotated[Path, typer.Argument(help="An artifact's or a run's folder.")],
+    data: Annotated[str, typer.Option(help="Data to evaluate on: a file, a folder or a hub id.")] = "",
+    source: Annotated[str, typer.Option(help="How to read the data; told by the artifact if left out.")] = "",
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting of that source, e.g. max_length=64.")
+    ] = [],  # noqa: B006
+    answers: Annotated[
+        int | None, typer.Option(min=0, help="Prompts whose answers a language model writes, for ROUGE.")
+    ] = None,
+    lm_eval: Annotated[str, typer.Option("--lm-eval", help="Tasks of the lm-eval harness: arc_easy,piqa.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of further tasks for --lm-eval.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First examples only.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Score an artifact on data, or at tasks of the lm-eval harness."""
+    from fedfuse.commands.evaluating import evaluate_artifact, tell
+
+    found = evaluate_artifact(
+        artifact,
+        data,
+        source=source,
+        settings=set_,
+        num_answers=answers,
+        tasks=[task for task in lm_eval.split(",") if task],
+        task_folder=task_folder,
+        limit=limit,
+        device=device,
+    )
+    tell(found, out)
 
 
 @app.command("doctor")

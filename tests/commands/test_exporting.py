@@ -82,7 +82,7 @@ def test_an_unknown_format(artifact: Path) -> None:
     assert refused(artifact, "onx") == (
         'there is no format "onx"\n'
         "  where: --format\n"
-        '  fix:   did you mean "onnx"? known: onnx, safetensors, torch-export'
+        '  fix:   did you mean "onnx"? known: diffusers, onnx, peft, safetensors, torch-export, transformers'
     )
 
 

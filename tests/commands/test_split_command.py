@@ -98,9 +98,10 @@ def wrong(tmp_path: Path, **data: Any) -> str:
 
 def test_what_a_remote_federation_cannot_be(tmp_path: Path) -> None:
     assert wrong(tmp_path, input_shape=[]) == "data.input_shape: no input has the shape []"
-    assert wrong(tmp_path, class_names=["a"]) == (
-        "data.class_names: the names of the classes are fewer than two, or one stands twice"
-    )
+    for names in ([], ["a", "b", "a"]):
+        assert wrong(tmp_path, class_names=names) == (
+            "data.class_names: the names of the classes are missing, or one stands twice"
+        )
     assert wrong(tmp_path, server={"fraction": 0.1}) == (
         "data.server: a part of data that stay with their owners cannot be held out"
     )

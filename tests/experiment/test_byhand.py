@@ -39,9 +39,9 @@ TABLE: dict[str, Any] = {
 class Federation:
     """Client files, an inbox and a server's folder."""
 
-    def __init__(self, home: Path, **method: Any) -> None:
+    def __init__(self, home: Path, table: dict[str, Any] = TABLE, **method: Any) -> None:
         self.home = home
-        self.simulation = read_config({**TABLE, "method": {**TABLE["method"], **method}})
+        self.simulation = read_config({**table, "method": {**table["method"], **method}})
         split(self.simulation, home / "split")
         self.config = read_config(home / "split" / "federation.yaml")
         self.names = sorted(self.config.federation.clients)
@@ -102,6 +102,52 @@ def test_the_digest_is_that_of_the_simulation(method: dict[str, Any], tmp_path: 
     assert (found.missing, found.refused, list(found.unasked)) == ({}, {}, [])
     counts = {name: facts["num_examples"] for name, facts in simulated.clients.items()}
     assert {name: facts["num_examples"] for name, facts in found.result.clients.items()} == counts
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "fedit"},
+        {"name": "flora", "num_rounds": 2},
+        {"name": "fedex_lora", "num_rounds": 2},
+        {"name": "fed_sb"},
+    ],
+    ids=["fedit", "flora", "fedex_lora", "fed_sb"],
+)
+def test_adapters_of_a_language_model_travel_by_hand_too(method: dict[str, Any], tmp_path: Path) -> None:
+    for module in ("transformers", "peft", "pandas"):
+        pytest.importorskip(module)
+    lines = [f'{"abc"[k % 3]},"What is {k} and {k}?","It is {2 * k}."' for k in range(30)]
+    (tmp_path / "sums.csv").write_text("\n".join(["owner,prompt,completion", *lines]), encoding="utf-8")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    table = {
+        "seed": 2,
+        "data": {
+            "source": "text",
+            "path": str(tmp_path / "sums.csv"),
+            "tokenizer": "bytes",
+            "max_length": 48,
+            "test_fraction": 0.2,
+            "partition": {"scheme": "column", "column": "owner"},
+        },
+        "model": {
+            "family": "transformers",
+            "task": "causal_lm",
+            "config": {"model_type": "llama", "vocab_size": 258, **sizes},
+            "peft": {"kind": "lora", "rank": 2},
+        },
+        "method": {"name": "fedit", "local": {"num_epochs": 2, "batch_size": 8, "optimizer": "adamw"}},
+        "server": {"threads": 1},
+    }
+    federation = Federation(tmp_path, table, **method)
+    simulated = run(federation.simulation)
+    found = federation.carry()
+    assert found.result is not None
+    assert found.result.artifact is not None
+    assert simulated.artifact is not None
+    assert found.result.artifact.digest() == simulated.artifact.digest()
+    assert found.result.facts["metrics"] == simulated.facts["metrics"]
+    assert federation.names == ["a", "b", "c"]
 
 
 def test_another_method_over_the_same_files_costs_no_client_anything(federation: Federation) -> None:

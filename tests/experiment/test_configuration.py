@@ -19,8 +19,8 @@ METHOD_NAMES = (
     "points, width"
 )
 LOCAL_NAMES = (
-    "batch_size, channels_last, compile, grad_clip_norm, learning_rate, momentum, num_epochs, patience, precision, "
-    "privacy, schedule, weight_decay"
+    "batch_size, channels_last, compile, grad_clip_norm, learning_rate, momentum, num_epochs, optimizer, patience, "
+    "precision, privacy, schedule, weight_decay"
 )
 
 
@@ -156,7 +156,7 @@ def test_an_override_that_is_no_yaml(config: dict[str, Any]) -> None:
             "sed",
             (
                 'did you mean "seed"? known: attack, data, federation, method, methods, model, privacy, runtime, seed, '
-                "server"
+                "server, upload"
             ),
         ),
         (

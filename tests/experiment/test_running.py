@@ -29,6 +29,7 @@ def test_what_is_in_a_run_s_folder(config: dict[str, Any], tmp_path: Path) -> No
         "ledger",
         "loss",
         "method",
+        "metrics",
         "missing",
         "privacy",
         "seed",

@@ -179,6 +179,10 @@ def describe_run(folder: Path) -> str:
         f"  clients     {len(facts['clients'])}" + (f", missing: {facts['missing']}" if facts["missing"] else ""),
         f"  bytes       {crossed} in {ledger['exchanges']} exchanges",
     ]
+    codec = facts.get("config", {}).get("upload")
+    if codec:
+        told = [f"{name}: {value}" for name, value in sorted(codec.items()) if value != []]
+        lines.append("  codec       " + ", ".join(told))
     if facts["artifact"]:
         lines.append(
             f"  artifact    {facts['artifact']['num_parameters']:,} parameters, digest {facts['artifact']['digest']}"

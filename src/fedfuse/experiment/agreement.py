@@ -28,6 +28,7 @@ from fedfuse.data.federate import FederatedData
 from fedfuse.data.labels import LabelSetting
 from fedfuse.data.membership import own_part
 from fedfuse.data.normalize import Normalization
+from fedfuse.experiment.compressing import resolved_upload
 from fedfuse.experiment.configuration import Config, named
 from fedfuse.experiment.private import SECRET_FILE, resolved_privacy
 from fedfuse.experiment.setting import Setting, label_setting
@@ -51,6 +52,7 @@ class Agreement:
         resize: side in pixels that images are brought to.
         client_threads: torch threads that clients compute with; their number changes bits.
         privacy: the section ``privacy``; empty where uploads leave as they are.
+        upload: the section ``upload``; empty where uploads are not coded.
     """
 
     seed: int
@@ -64,6 +66,7 @@ class Agreement:
     resize: int | None = None
     client_threads: int = 1
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    upload: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, setting: Setting, method: Method | None = None) -> Agreement:
@@ -88,6 +91,7 @@ class Agreement:
             resize=config.data.resize,
             client_threads=getattr(runtime, "client_threads", 1),
             privacy=resolved_privacy(config).get("privacy", {}),
+            upload=resolved_upload(config).get("upload", {}),
         )
 
     def model_of(self, client_id: str) -> ModelSpec:
@@ -130,6 +134,7 @@ class Agreement:
             "resize": self.resize,
             "client_threads": self.client_threads,
             "privacy": dict(self.privacy),
+            "upload": dict(self.upload),
         }
         payload = Payload({"agreement": json.dumps(facts, sort_keys=True)})
         payload.put_group("model", self.model.initial)
@@ -181,6 +186,7 @@ class Agreement:
                 resize=facts["resize"],
                 client_threads=int(facts["client_threads"]),
                 privacy=dict(facts["privacy"]),
+                upload=dict(facts["upload"]),
             )
         except PayloadError:
             raise

@@ -19,6 +19,7 @@ from fedfuse.core.settings import config_error, from_json, to_json
 from fedfuse.data.augment import check_augment
 from fedfuse.data.normalize import KNOWN
 from fedfuse.data.server import HeldOut
+from fedfuse.experiment.compressing import resolved_upload
 from fedfuse.experiment.private import resolved_privacy
 from fedfuse.experiment.sections import AttackSection
 from fedfuse.experiment.sections import Config as Config
@@ -156,6 +157,7 @@ def resolve(config: Config) -> dict[str, Any]:
         "server": {**config.server.model_dump(), "threads": server_threads(config)},
         **({} if config.attack is None else {"attack": _resolved_attack(config.attack)}),
         **resolved_privacy(config),
+        **resolved_upload(config),
     }
 
 
@@ -282,9 +284,19 @@ def family_of(model: ModelSection, client_id: str = "") -> tuple[str, Any]:
     """
     own = dict(model.clients.get(client_id, {}))
     name = str(own.pop("family", model.family))
-    settings = {**(model.others if name == model.family else {}), **own}
+    settings = _laid_over(model.others if name == model.family else {}, own)
     where = f"model.clients.{client_id}" if client_id else "model"
     return name, named(MODELS, name, settings, where, "family", "clients")
+
+
+def _laid_over(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """One table over another; tables within them likewise."""
+    found = dict(table)
+    for key, value in own.items():
+        below = found.get(key)
+        is_nested = isinstance(value, Mapping) and isinstance(below, Mapping)
+        found[key] = _laid_over(below, value) if is_nested else value  # type: ignore[arg-type]
+    return found
 
 
 def server_threads(config: Config) -> int:

@@ -271,7 +271,7 @@ def first_request(agreement: Agreement, client_id: str, facts: ClientFacts) -> R
     # Whoever needs data of the server's sees some: what is asked first does not depend on them.
     nothing = torch.zeros((1, *agreement.data.input_shape))
     job = Job(
-        model=agreement.model_of(client_id),
+        model=agreement.model,
         rng=Rng(derive_seed(agreement.seed, "server")),
         device=torch.device("cpu"),
         client_models=agreement.client_models,
@@ -284,6 +284,7 @@ def first_request(agreement: Agreement, client_id: str, facts: ClientFacts) -> R
         model_of=agreement.model_of,
         seed=agreement.seed,
         releases=agreement.releases(),
+        codec=agreement.upload,
     )
     try:
         with job.rng.ambient("fuse"):

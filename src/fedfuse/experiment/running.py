@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import statistics
 import subprocess
 import tempfile
 import time
@@ -29,6 +28,7 @@ from fedfuse.core.cohort import Cohort, Runtime, Terms
 from fedfuse.core.errors import ConfigError
 from fedfuse.core.files import remove_unfinished, write_atomically
 from fedfuse.core.journal import Journal
+from fedfuse.core.judging import Sheet
 from fedfuse.core.ledger import Ledger
 from fedfuse.core.method import Fused, Method
 from fedfuse.core.payload import Payload
@@ -36,6 +36,7 @@ from fedfuse.core.registry import METHODS, RUNTIMES
 from fedfuse.core.seeding import Rng, derive_seed
 from fedfuse.core.settings import to_json
 from fedfuse.data.labels import LabelSetting
+from fedfuse.experiment.compressing import in_words, resolved_upload
 from fedfuse.experiment.configuration import (
     Config,
     ConfigLike,
@@ -48,10 +49,10 @@ from fedfuse.experiment.configuration import (
 from fedfuse.experiment.hostility import attack_facts, with_hostile_clients
 from fedfuse.experiment.private import client_secret, releases_for, resolved_privacy, run_secret
 from fedfuse.experiment.result import Observer, Result
+from fedfuse.experiment.scoring import score_result
 from fedfuse.experiment.setting import Loader, Setting, own_setting
 from fedfuse.experiment.watching import WatchedCohort, WatchedJob
 from fedfuse.models.normalized import normalized_artifact
-from fedfuse.training.evaluation import evaluate
 from fedfuse.training.memory import keep_freed_memory
 
 
@@ -66,6 +67,7 @@ def run(
     runtime: Mapping[str, Any] | None = None,
     federation: Mapping[str, Any] | None = None,
     privacy: Mapping[str, Any] | None = None,
+    upload: Mapping[str, Any] | None = None,
     validation_fraction: float = 0.1,
     server_data: Any = None,
     class_names: Sequence[str] | None = None,
@@ -88,6 +90,7 @@ def run(
         runtime: ``{"name": "local", ...}``.
         federation: ``{"quorum": ..., "timeout_s": ...}``.
         privacy: ``{"clip_norm": ..., "epsilon": ..., ...}``: what becomes of uploads before they leave their clients.
+        upload: ``{"codec": "int8", ...}``: how uploads are said in fewer bytes.
         validation_fraction: part of each client's data that is set apart, for data of one's own.
         server_data: data of the server's own, for methods that use some: a tensor or array of inputs, or any kind that
             ``clients`` takes, whose labels are left out. No row of it may be in the test part.
@@ -114,7 +117,7 @@ def run(
             )
         checked = read_config(config, [*overrides, *([] if seed is None else [f"seed={seed}"])])
     else:
-        sections = {"runtime": runtime, "federation": federation, "privacy": privacy}
+        sections = {"runtime": runtime, "federation": federation, "privacy": privacy, "upload": upload}
         table = {"data": {"source": "own"}, "model": {"family": "own"}, "seed": seed or 0}
         checked = read_config({**table, **{key: dict(value) for key, value in sections.items() if value}})
     if isinstance(method, str):
@@ -168,6 +171,7 @@ def _own_config(config: Config, model: Any, validation_fraction: float, has_serv
         "federation": config.federation.model_dump(),
         "server": {**config.server.model_dump(), "threads": server_threads(config)},
         **resolved_privacy(config),
+        **resolved_upload(config),
     }
 
 
@@ -203,6 +207,7 @@ def run_method(
         is_simulation = runtime is None
         secret = run_secret(config, home, is_simulation=is_simulation)
         releases = releases_for(config, method, seed, secret, is_simulation=is_simulation)
+        codec = resolved_upload(config).get("upload", {})
         if runtime is None:
             # Worker processes share clients' states through files, also where the run itself leaves none.
             scratch = None if home else stack.enter_context(tempfile.TemporaryDirectory(prefix="fedfuse-"))
@@ -229,11 +234,14 @@ def run_method(
             journal=journal,
             ledger=ledger,
             releases=releases,
+            codec=codec,
             terms=Terms(**{f.name: getattr(config.federation, f.name) for f in fields(Terms)}),
             log=lambda facts: lines.append(dict(facts)),
             progress=observer.exchange,
         )
         stack.enter_context(fixed_threads(server_threads(config)))
+        if codec:
+            job.note(in_words(codec))
         reset_peak_rss()
         start = time.perf_counter()
         try:
@@ -288,33 +296,10 @@ def _judge(
 ) -> Result:
     """Score what came out on the test set, once, and put everything into one table."""
     data = setting.data
-    module = None if fused.model is None else fused.model.module()
-    seen = None if module is None or data.test is None else evaluate(module, data.test, device=job.device)
-    counts = data.label_counts()
-    clients: dict[str, dict[str, Any]] = {}
-    for client_id, known in cohort.facts.items():
-        if client_id not in data.clients:
-            # The data of a client elsewhere were never seen.
-            clients[client_id] = {"num_examples": known.num_examples}
-    for row, (client_id, part) in enumerate(data.clients.items()):
-        accuracy, kind = None, ""
-        if client_id in fused.personal and data.test is not None:
-            accuracy, kind = (
-                evaluate(fused.personal[client_id].module(), data.test, device=job.device).accuracy,
-                "own model on test",
-            )
-        elif module is not None and len(part.validation):
-            accuracy, kind = evaluate(module, part.validation, device=job.device).accuracy, "fused model on validation"
-        clients[client_id] = {
-            "num_examples": len(part.train),
-            "num_validation": len(part.validation),
-            "label_counts": counts[row].tolist(),
-            "accuracy": accuracy,
-            "accuracy_kind": kind,
-        }
-    accuracy = None if seen is None else seen.accuracy
-    if module is None and data.test is not None and fused.personal:
-        accuracy = statistics.fmean(clients[client_id]["accuracy"] for client_id in fused.personal)
+    scores = score_result(fused, data, cohort.facts, job.device)
+    seen = scores.fused
+    for name, sheet in ({} if seen is None else seen.pictures).items():
+        _Pictures(folder).hang(name, sheet, data.class_names)
     artifact, personal = _shipped(setting, fused, cohort, label)
     first = artifact or next(iter(personal.values()), None)
     sizes = [a.num_bytes for a in ([artifact] if artifact else personal.values())]
@@ -324,12 +309,13 @@ def _judge(
     totals["peak_rss_bytes"] = max(cohort.ledger.peak_client_rss_bytes, peak_rss_bytes())
     facts = {
         "method": label,
-        "accuracy": accuracy,
+        "accuracy": scores.accuracy,
         "loss": None if seen is None else seen.loss,
         "seed": seed,
         "class_names": list(data.class_names),
-        "confusion": None if seen is None else seen.confusion.tolist(),
-        "clients": clients,
+        "confusion": None if seen is None or seen.confusion is None else seen.confusion.tolist(),
+        "metrics": dict(scores.metrics),
+        "clients": scores.clients,
         "ledger": totals,
         "missing": dict(cohort.missing),
         "artifact": None
@@ -349,9 +335,12 @@ def _judge(
         "config": dict(resolved),
     }
     if setting.hostile is not None:
-        models = [module] if module is not None else [own.module() for own in fused.personal.values()]
+        artifacts = [fused.model] if fused.model is not None else list(fused.personal.values())
+        models = [fitted.module() for fitted in artifacts]
         facts["attack"] = attack_facts(setting.hostile, models, data, job.device)
-    return Result(label, accuracy, clients, totals, artifact, personal, dict(cohort.missing), facts, folder)
+    return Result(
+        label, scores.accuracy, scores.clients, totals, artifact, personal, dict(cohort.missing), facts, folder
+    )
 
 
 def _shipped(setting: Setting, fused: Fused, cohort: Cohort, label: str) -> tuple[Artifact | None, dict[str, Artifact]]:
@@ -398,8 +387,20 @@ class _Pictures:
 
     def __call__(self, name: str, images: Tensor) -> None:
         if self.folder is not None:
-            pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-            write_atomically(self.folder / "pictures" / f"{name}.safetensors", Payload({"images": pixels}).encode())
+            self._write(name, Payload({"images": _bytes(images)}))
+
+    def hang(self, name: str, sheet: Sheet, class_names: Sequence[str]) -> None:
+        """Write a sheet, with the name of the class of each line."""
+        if self.folder is not None:
+            lines = json.dumps([class_names[number] for number in sheet.classes])
+            self._write(name, Payload({"images": _bytes(sheet.drawings.flatten(0, 1)), "lines": lines}))
+
+    def _write(self, name: str, content: Payload) -> None:
+        write_atomically(Path(str(self.folder)) / "pictures" / f"{name}.safetensors", content.encode())
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
 def _server_device(config: Config) -> torch.device:

@@ -173,6 +173,8 @@ class Config(_Section):
         attack: hostile clients; ``None`` is none.
         privacy: what becomes of uploads before they leave their clients, see ``core.release.Privacy``; ``None`` is
             nothing.
+        upload: how uploads are said in fewer bytes after that: ``codec``, a name in the registry of codecs, and its
+            settings; ``None`` sends them as they are.
         methods: for ``compare``: names, or tables like ``method`` with an optional ``label``.
     """
 
@@ -185,4 +187,5 @@ class Config(_Section):
     server: ServerSection = pydantic.Field(default_factory=ServerSection)
     attack: AttackSection | None = None
     privacy: dict[str, Any] | None = None
+    upload: dict[str, Any] | None = None
     methods: list[str | dict[str, Any]] = pydantic.Field(default_factory=list)

@@ -31,6 +31,7 @@ from fedfuse.experiment.configuration import (
     server_part_of,
     source_of,
 )
+from fedfuse.experiment.embedding import Embedder
 from fedfuse.models.graph import user_spec
 
 
@@ -67,9 +68,11 @@ class Loader:
     def __init__(self, config: Config, server_data: Any = None, like: Loader | None = None) -> None:
         self.config = config
         self._dataset: Dataset | None = None
+        self._embedder = Embedder()
         self._server: Examples | HeldOut | None = None if server_data is None else server_inputs(server_data)
         if like is not None and _read_alike(like.config, config):
             self._dataset, self._server = like._dataset, self._server or like._server
+            self._embedder = like._embedder
 
     def dataset(self) -> Dataset:
         """The data set that the configuration names, within its limits."""
@@ -124,9 +127,10 @@ class Loader:
             if config.attack is not None:
                 raise ConfigError("attacks are for simulations", where="attack", fix="leave this section out")
             return self._remote(seed)
+        partition = partition_of(config.data)[1]
         data = federate(
             self.dataset(),
-            partition_of(config.data)[1],
+            partition,
             seed=seed,
             validation_fraction=config.data.validation_fraction,
             normalize=config.data.normalize,
@@ -135,6 +139,7 @@ class Loader:
             server_is_labelled=config.data.server is not None and config.data.server.labelled,
             labels=label_setting(config),
             resize=config.data.resize,
+            embed=self._embedder.of(config, partition),
         )
         hostile = None
         if config.attack is not None:

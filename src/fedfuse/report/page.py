@@ -43,7 +43,7 @@ def write_report(folder: str | Path) -> Path:
         html = _board_page(read_board(folder), folder, gallery)
     elif (folder / "result.json").is_file():
         run = read_run(folder)
-        html = _render(
+        html = render_page(
             kicker=["run", run.method, f"seed {run.seed}" if run.seed else ""],
             headline=run_headline(run),
             tiles=run_tiles(run),
@@ -68,7 +68,7 @@ def _board_page(board: Board, folder: Path, gallery: Gallery) -> str:
             inside = (folder / name).resolve().is_relative_to(folder.resolve())
             if inside and (folder / name / "board.json").is_file() and (folder / name).resolve() != folder.resolve():
                 write_report(folder / name)
-        return _render(
+        return render_page(
             kicker=["comparison", f"{len(board.settings)} settings", seeds],
             headline=varied_headline(board),
             tiles=varied_tiles(board),
@@ -76,7 +76,7 @@ def _board_page(board: Board, folder: Path, gallery: Gallery) -> str:
             versions=board.versions,
         )
     runs = first_runs(board, folder)
-    return _render(
+    return render_page(
         kicker=["comparison", f"{len(board.rows)} method{'' if len(board.rows) == 1 else 's'}", seeds],
         headline=board_headline(board),
         tiles=board_tiles(board, runs),
@@ -85,7 +85,7 @@ def _board_page(board: Board, folder: Path, gallery: Gallery) -> str:
     )
 
 
-def _render(
+def render_page(
     *,
     kicker: Sequence[str],
     headline: Sequence[str],
@@ -93,6 +93,18 @@ def _render(
     sections: Sequence[Section],
     versions: Mapping[str, Any],
 ) -> str:
+    """Put a page together.
+
+    Args:
+        kicker: a few words above the headline; empty ones are left out.
+        headline: sentences, the one that matters most first.
+        tiles: name and value of the few numbers at the top.
+        sections: what follows.
+        versions: of the software.
+
+    Returns:
+        HTML that needs no other file and no network.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedfuse.core.errors import PayloadError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 MOST_QUANTITIES = 3
+DRAWN_TEXT = "By captions of the test part, a line for each class; every model starts from the same noise."
 EXCHANGE_COLUMNS = ("exchange", "clients", "upload per client", "download per client", "upload, all", "client time")
 
 
@@ -181,11 +182,39 @@ def made_pictures(run: Run, gallery: Gallery) -> list[Markup]:
         gallery: where pictures go.
     """
     found = []
+    for name, content in _pictures(run):
+        if "lines" not in content:
+            described = f"Images that {name} made, a class after another."
+            found.append(gallery.hang(f"made-{name}", plots.image_sheet(content.tensor("images").numpy()), described))
+    return found
+
+
+def drawn_pictures(run: Run, gallery: Gallery, title: str = "") -> list[Markup]:
+    """What a run's model drew when it was judged.
+
+    Args:
+        run: the run.
+        gallery: where pictures go.
+        title: stands above each sheet.
+    """
+    found = []
+    for name, content in _pictures(run):
+        try:
+            lines = [str(line) for line in json.loads(content.text("lines"))] if "lines" in content else []
+        except (ValueError, PayloadError):
+            continue
+        if lines:
+            described = f"What {title or 'the model'} draws, a line for each class: {', '.join(lines)}."
+            figure = plots.drawing_sheet(content.tensor("images").numpy(), lines, title)
+            found.append(gallery.hang(f"drawn-{title}-{name}", figure, described))
+    return found
+
+
+def _pictures(run: Run) -> Iterator[tuple[str, Payload]]:
     for name, file in run.pictures.items():
         try:
-            images = Payload.decode(file.read_bytes()).tensor("images").numpy()
+            content = Payload.decode(file.read_bytes())
+            content.tensor("images")
         except (OSError, PayloadError):
             continue
-        described = f"Images that {name} made, a class after another."
-        found.append(gallery.hang(f"made-{name}", plots.image_sheet(images), described))
-    return found
+        yield name, content

@@ -8,6 +8,7 @@ from fedfuse.report.plots.costs import cost_bars as cost_bars
 from fedfuse.report.plots.costs import exchange_bars as exchange_bars
 from fedfuse.report.plots.curves import learning_curves as learning_curves
 from fedfuse.report.plots.holdings import who_holds_what as who_holds_what
+from fedfuse.report.plots.images import drawing_sheet as drawing_sheet
 from fedfuse.report.plots.images import image_sheet as image_sheet
 from fedfuse.report.plots.settings import accuracy_against_setting as accuracy_against_setting
 from fedfuse.report.plots.style import save_figure as save_figure
