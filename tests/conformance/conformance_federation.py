@@ -78,7 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 TRAINS = {"local": {"num_epochs": 2, "batch_size": 32}}
 
-_LITTLE_BERT = {
+LITTLE_BERT = {
     "family": "transformers",
     "config": {
         "model_type": "bert",
@@ -93,12 +93,12 @@ _LITTLE_BERT = {
 }
 
 SPECIAL_MODELS: dict[str, dict[str, Any]] = {
-    "fed_sb": _LITTLE_BERT,
-    "fedex_lora": _LITTLE_BERT,
-    "fedit": _LITTLE_BERT,
-    "ffa_lora": _LITTLE_BERT,
-    "flexlora": _LITTLE_BERT,
-    "flora": _LITTLE_BERT,
+    "fed_sb": LITTLE_BERT,
+    "fedex_lora": LITTLE_BERT,
+    "fedit": LITTLE_BERT,
+    "ffa_lora": LITTLE_BERT,
+    "flexlora": LITTLE_BERT,
+    "flora": LITTLE_BERT,
 }
 """Models of methods that cannot use the network on digits; theirs read the digits as 16 tokens."""
 

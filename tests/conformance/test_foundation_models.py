@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance_federation import _LITTLE_BERT, CONFIG, section, token_file
+from conformance_federation import CONFIG, LITTLE_BERT, section, token_file
 
 import fedfuse
 from fedfuse.core.errors import FedfuseError
@@ -31,7 +31,7 @@ ON_CLASSIFIERS = {
 def test_on_a_classifier_of_texts(name: str) -> None:
     pytest.importorskip("peft")
     data = {**CONFIG["data"], "source": "npz", "path": token_file(), "normalize": "none", "limit": 90, "test_limit": 30}
-    table = {**CONFIG, "data": data, "model": _LITTLE_BERT, "method": section(name)}
+    table = {**CONFIG, "data": data, "model": LITTLE_BERT, "method": section(name)}
     if name in ON_CLASSIFIERS:
         with pytest.raises(FedfuseError) as caught:
             fedfuse.run(table)

@@ -2,7 +2,6 @@
 
 from fedfuse.models.foundation import diffusion as diffusion
 from fedfuse.models.foundation import transformers as transformers
-from fedfuse.models.foundation.foundation import PADDING as PADDING
 from fedfuse.models.foundation.foundation import Foundation as Foundation
 from fedfuse.models.foundation.foundation import is_foundation as is_foundation
 from fedfuse.models.foundation.lora import LoraLayout as LoraLayout

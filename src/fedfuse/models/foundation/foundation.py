@@ -11,9 +11,6 @@ from fedfuse.core.artifact import ModelSpec, Recipe
 from fedfuse.core.errors import DataError, ModelError
 from fedfuse.ops.lora import Factors
 
-PADDING = -1
-"""What stands in place of a token where a text is shorter than others."""
-
 
 class Foundation(nn.Module):
     """A network of transformers or diffusers, perhaps with adapters of PEFT in it.
